@@ -1,0 +1,3 @@
+module mlx-operator.dev/cluster/pause
+
+go 1.26.0
