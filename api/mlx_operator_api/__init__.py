@@ -1,0 +1,1 @@
+"""What the operator, the runner and the CRD share: models, states, reasons and names, each written once."""

@@ -1,0 +1,248 @@
+"""What the supervisor and its engine say to each other.
+
+One socketpair; each side writes one JSON object a line. The engine gets its end as file descriptor
+`int(os.environ[FD_VARIABLE])`. EOF means that the other side is gone: the engine then ends itself, the supervisor
+waits for the exit status. Beside it, shared memory (`progress.py`) holds what must be readable while the engine is
+frozen.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from mlx_operator_api.base import Lenient
+from mlx_operator_api.conditions import Reason
+from mlx_operator_api.tasks import Peer, Sharding
+
+FD_VARIABLE = "MLX_RUNNER_CHANNEL_FD"
+PROGRESS_VARIABLE = "MLX_RUNNER_PROGRESS_FILE"
+FAILURE_EXIT_CODE = 70
+"""The engine reported a failure and ended itself (EX_SOFTWARE)."""
+
+
+# -- supervisor → engine
+class Connect(Lenient):
+    """Form the group of this epoch. Answered by `Connected`, with `WaitingFor` on the way."""
+
+    kind: Literal["Connect"] = "Connect"
+    epoch: int
+    rank: int
+    world_size: int
+    sharding: Sharding
+    peers: tuple[Peer, ...]
+    """All ranks, this one included, by rank."""
+    listen_host: str = "0.0.0.0"  # noqa: S104 (peers dial the pod's address)
+    token: str
+    """Shared secret of the instance, for the handshake between engines."""
+    model_digest: str | None = None
+    deadline: float
+    """Seconds."""
+
+
+class Load(Lenient):
+    """Load this rank's shard. Answered by `Loaded`, with `LayerLoaded` on the way."""
+
+    kind: Literal["Load"] = "Load"
+    path: str
+    """Directory with config.json and safetensors files."""
+    served_name: str
+    rank: int
+    world_size: int
+    sharding: Sharding
+    max_concurrent_requests: int
+    max_tokens: int | None = None
+    context_length: int | None = None
+    memory_limit_bytes: int | None = None
+
+
+class Warmup(Lenient):
+    """Run the first forward passes. A rank > 0 answers `WarmedUp` when rank 0 says that its warm-up is done."""
+
+    kind: Literal["Warmup"] = "Warmup"
+
+
+class Generate(Lenient):
+    """One request (rank 0). Answered by `Accepted` or `Refused`, then `Delta`s, then `Finished`."""
+
+    kind: Literal["Generate"] = "Generate"
+    id: str
+    messages: tuple[dict[str, Any], ...] | None = None
+    """Chat: OpenAI messages, for the model's chat template."""
+    prompt: str | tuple[int, ...] | None = None
+    """Completion: text or token ids."""
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class Cancel(Lenient):
+    """The client left: free the request's slot and memory on every rank."""
+
+    kind: Literal["Cancel"] = "Cancel"
+    id: str
+
+
+class Goodbye(Lenient):
+    """End in good order: rank 0 tells the others by a frame; the process exits 0."""
+
+    kind: Literal["Goodbye"] = "Goodbye"
+
+
+Command = Annotated[Connect | Load | Warmup | Generate | Cancel | Goodbye, Field(discriminator="kind")]
+
+
+# -- engine → supervisor
+class Started(Lenient):
+    """Imports are done; commands are read."""
+
+    kind: Literal["Started"] = "Started"
+    pid: int
+    device: str
+    """`cpu` or `gpu`, as MLX says."""
+    blas: str
+    """Where BLAS comes from, for a person: `openblas` or `bundled`."""
+
+
+class WaitingFor(Lenient):
+    """Ranks whose connection is still missing; sent when it changes."""
+
+    kind: Literal["WaitingFor"] = "WaitingFor"
+    ranks: tuple[int, ...]
+
+
+class Connected(Lenient):
+    """Every connection of this rank stands and has shaken hands for this epoch (and the ring, for Tensor)."""
+
+    kind: Literal["Connected"] = "Connected"
+
+
+class LayerLoaded(Lenient):
+    """Progress of loading, at most once per layer."""
+
+    kind: Literal["LayerLoaded"] = "LayerLoaded"
+    loaded: int
+    total: int
+    layers: str
+    """Layers of this shard, such as `0-11`."""
+
+
+class Loaded(Lenient):
+    """The shard is in memory and complete."""
+
+    kind: Literal["Loaded"] = "Loaded"
+    layers: str
+    layers_total: int
+    bytes: int
+    """Of this shard."""
+    note: str | None = None
+    """Said in status where it matters, such as `cast from bfloat16 to float32 on CPU`."""
+
+
+class WarmedUp(Lenient):
+    """The warm-up is done on all ranks."""
+
+    kind: Literal["WarmedUp"] = "WarmedUp"
+
+
+class Accepted(Lenient):
+    """The request has a place."""
+
+    kind: Literal["Accepted"] = "Accepted"
+    id: str
+    prompt_tokens: int
+
+
+class Refused(Lenient):
+    """The request is not valid for this model: an HTTP 4xx in OpenAI's shape."""
+
+    kind: Literal["Refused"] = "Refused"
+    id: str
+    status: int = 400
+    code: str
+    """OpenAI's, such as `context_length_exceeded`."""
+    param: str | None = None
+    message: str
+
+
+class Delta(Lenient):
+    """New text of a request. `tokens` are the ids behind it (also when the text is still held back)."""
+
+    kind: Literal["Delta"] = "Delta"
+    id: str
+    text: str
+    tokens: tuple[int, ...]
+
+
+class Finished(Lenient):
+    """The request is done."""
+
+    kind: Literal["Finished"] = "Finished"
+    id: str
+    finish_reason: Literal["stop", "length", "cancelled"]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Failure(Lenient):
+    """The engine cannot go on; it ends itself right after with `FAILURE_EXIT_CODE`."""
+
+    kind: Literal["Failure"] = "Failure"
+    reason: Reason
+    message: str
+    """What happened, with the first meaningful line of evidence; no rank, pod or next step."""
+    peer: int | None = None
+    """The rank that is accused, with PeerLost."""
+    diagnostics: tuple[str, ...] = ()
+
+
+class Notice(Lenient):
+    """One line for the pod's log."""
+
+    kind: Literal["Notice"] = "Notice"
+    level: Literal["info", "warning"]
+    text: str
+
+
+Event = Annotated[
+    Started
+    | WaitingFor
+    | Connected
+    | LayerLoaded
+    | Loaded
+    | WarmedUp
+    | Accepted
+    | Refused
+    | Delta
+    | Finished
+    | Failure
+    | Notice,
+    Field(discriminator="kind"),
+]
+
+_COMMANDS: TypeAdapter[Command] = TypeAdapter(Command)
+_EVENTS: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def encode(message: Lenient) -> bytes:
+    """One line, newline included."""
+    return message.model_dump_json(by_alias=True, exclude_none=True).encode() + b"\n"
+
+
+def decode_command(line: bytes) -> Command:
+    """Read a line from the supervisor.
+
+    Raises:
+        pydantic.ValidationError: it is none of ours.
+    """
+    return _COMMANDS.validate_json(line)
+
+
+def decode_event(line: bytes) -> Event:
+    """Read a line from the engine.
+
+    Raises:
+        pydantic.ValidationError: it is none of ours.
+    """
+    return _EVENTS.validate_json(line)
