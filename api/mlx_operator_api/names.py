@@ -54,6 +54,22 @@ MODEL_MOUNT = "/models/source"
 CACHE_MOUNT = "/models/cache"
 """Writable cache for downloads."""
 
+# Environment of a runner container: how its supervisor learns who it is.
+ENV_INSTANCE = "MLX_INSTANCE_NAME"
+ENV_NAMESPACE = "MLX_INSTANCE_NAMESPACE"
+ENV_UID = "MLX_INSTANCE_UID"
+ENV_RANK = "MLX_RUNNER_RANK"
+ENV_POD_NAME = "MLX_RUNNER_POD_NAME"
+ENV_POD_UID = "MLX_RUNNER_POD_UID"
+ENV_POD_IP = "MLX_RUNNER_POD_IP"
+ENV_NODE_NAME = "MLX_RUNNER_NODE_NAME"
+# With defaults that fit a pod; tests and people on loopback set them.
+ENV_LISTEN_HOST = "MLX_RUNNER_LISTEN_HOST"
+ENV_TOKEN_FILE = "MLX_RUNNER_TOKEN_FILE"  # noqa: S105 (the name of a variable)
+ENV_STATE_DIR = "MLX_RUNNER_STATE_DIR"
+ENV_MODEL_DIR = "MLX_RUNNER_MODEL_DIR"
+ENV_CACHE_DIR = "MLX_RUNNER_CACHE_DIR"
+
 
 def ring_port(epoch: int) -> int:
     """Port of the MLX ring for an epoch: a new one each time, so that no stale peer is met."""

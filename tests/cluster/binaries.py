@@ -19,7 +19,8 @@ import sys
 import time
 from collections.abc import Mapping, Set
 
-from tests.cluster.buildcache import BuildError, Progress, cache_root, key_of, key_of_files, locked, run
+from tests.cluster.buildcache import BuildError, Progress, key_of, key_of_files, locked, run
+from tests.cluster.paths import cache_root
 
 MODULES = pathlib.Path(__file__).resolve().parent / "go"
 BUILD_FLAGS = ("-trimpath", "-buildvcs=false")

@@ -1,4 +1,4 @@
-"""What the builders of binaries and images share: the cache folder, keys of inputs, a lock, long commands."""
+"""What the builders of binaries and images share: keys of inputs, a lock, long commands."""
 
 import collections
 import contextlib
@@ -12,6 +12,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from tests.cluster.errors import ClusterError
+
 Progress = Callable[[str], None]
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -22,14 +24,8 @@ _GRACE_SECONDS = 10.0
 _LINES_KEPT = 15
 
 
-class BuildError(Exception):
+class BuildError(ClusterError):
     """A binary or an image cannot be built; the message is one sentence that ends in a remedy."""
-
-
-def cache_root() -> pathlib.Path:
-    """The folder outside the checkout that keeps what was built: `MLX_OPERATOR_CACHE`, or ~/.cache/mlx-operator."""
-    chosen = os.environ.get("MLX_OPERATOR_CACHE", "")
-    return pathlib.Path(chosen).expanduser().resolve() if chosen else pathlib.Path.home() / ".cache" / "mlx-operator"
 
 
 def key_of(parts: Iterable[str | bytes]) -> str:

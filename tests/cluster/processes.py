@@ -150,7 +150,9 @@ def spawn(
 def pids_with_prefix(argument_prefix: str) -> Iterator[int]:
     """Yield every running process that has an argument starting with ``argument_prefix`` (for reports, never for signals)."""
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and any(a.startswith(argument_prefix) for a in command_line(int(entry.name)).split(" ")):
+        if entry.name.isdigit() and any(
+            a.startswith(argument_prefix) for a in command_line(int(entry.name)).split(" ")
+        ):
             yield int(entry.name)
 
 
