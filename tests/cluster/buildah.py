@@ -40,7 +40,9 @@ class Store:
         options: list[str | pathlib.Path] = ["--root", self.root / "root", "--runroot", self.root / "run"]
         return ["buildah", *options, "--storage-driver", "overlay", *arguments]
 
-    def query(self, *arguments: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
+    def query(
+        self, *arguments: str | pathlib.Path, cwd: pathlib.Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Runs a quick command and returns its answer, whatever its exit code.
 
         Raises:
@@ -49,6 +51,7 @@ class Store:
         try:
             return subprocess.run(
                 self.command(*arguments),
+                cwd=cwd,
                 capture_output=True,
                 text=True,
                 timeout=_QUICK_DEADLINE_SECONDS,
@@ -61,13 +64,13 @@ class Store:
                 f"buildah gave no answer in {_QUICK_DEADLINE_SECONDS:.0f} s: delete {self.root} and run this again"
             ) from error
 
-    def change(self, *arguments: str | pathlib.Path) -> str:
+    def change(self, *arguments: str | pathlib.Path, cwd: pathlib.Path | None = None) -> str:
         """Runs a quick command that must succeed and returns what it wrote.
 
         Raises:
             BuildError: it failed.
         """
-        answer = self.query(*arguments)
+        answer = self.query(*arguments, cwd=cwd)
         if answer.returncode != 0:
             raise BuildError(
                 f"`buildah {arguments[0]}` failed ({answer.stderr.strip()}): if its store is damaged, "
@@ -76,20 +79,23 @@ class Store:
         return answer.stdout.strip()
 
     def load(self, layout: pathlib.Path, name: str) -> str:
-        """Brings the image of an OCI layout into the store, and returns the name that its content decides."""
-        digest = oci.manifest_of(layout)["digest"]
-        full_name = f"{name.partition(':')[0]}:{key_of([digest])}"
-        if self.query("inspect", "--type", "image", full_name).returncode != 0:
-            image = self.change("pull", "-q", f"oci:{layout}").splitlines()[-1]
-            # buildah names what it pulls after the folder, and would write that name into every image built on it.
-            self.change("tag", image, full_name)
-            for other in self._names(image) - {full_name}:
-                self.change("untag", image, other)
-        return full_name
+        """Brings the image of an OCI layout into the store.
 
-    def _names(self, image: str) -> set[str]:
-        listed = json.loads(self.change("images", "--json"))
-        return {name for entry in listed if entry["id"].startswith(image) for name in entry["names"] or []}
+        Args:
+            layout: the folder.
+            name: what to call it, one word.
+
+        Returns:
+            The image's name in the store, which its content decides: `name` with a key.
+        """
+        word = f"{name}-{key_of([oci.manifest_of(layout)['digest']])}"
+        image = f"localhost/{word}:latest"
+        if self.query("inspect", "--type", "image", image).returncode != 0:
+            # buildah names what it pulls after the folder, as it was given; not every path makes a legal name.
+            with tempfile.TemporaryDirectory(prefix="mlx-operator-load-") as scratch:
+                (pathlib.Path(scratch) / word).symlink_to(layout)
+                self.change("pull", "-q", f"oci:{word}", cwd=pathlib.Path(scratch))
+        return image
 
     def build(self, dockerfile: pathlib.Path, name: str, arguments: Mapping[str, str], progress: Progress) -> None:
         """Builds a Dockerfile with the repository as its context; steps whose inputs are unchanged are not run again.

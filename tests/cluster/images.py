@@ -177,7 +177,7 @@ def _ensure_built(recipe: Recipe, progress: Progress) -> pathlib.Path:
         if not target.exists():
             started = time.monotonic()
             progress(f"{recipe.name}: building {recipe.dockerfile} (a minute the first time, then seconds)")
-            arguments = {"BASE": store.load(base, BASE)}
+            arguments = {"BASE": store.load(base, "base")}
             store.build(REPOSITORY / recipe.dockerfile, recipe.name, arguments, progress)
             store.export(recipe.name, target, _newest(recipe.name))
             _drop_old(recipe.name)
