@@ -22,7 +22,7 @@ from tests.cluster.paths import cache_root
 PAUSE, COREDNS, BASE = "localhost/pause:1", "localhost/coredns:1", "localhost/base:1"
 OPERATOR, RUNNER = "localhost/mlx-operator:dev", "localhost/mlx-runner:dev"
 DEMO_MODEL = "localhost/demo-model:1"
-DEMO_MODEL_SOURCE = REPOSITORY / "examples" / "demo-model"
+DEMO_MODEL_SOURCE = REPOSITORY / "examples" / "demo_model"
 
 _BASE_DEADLINE_SECONDS = 900.0
 _TRAINING_DEADLINE_SECONDS = 900.0
@@ -140,14 +140,14 @@ def ensure_demo_model(progress: Progress) -> tuple[pathlib.Path, pathlib.Path]:
 
 def _train(model: pathlib.Path, progress: Progress) -> None:
     started = time.monotonic()
-    progress("demo model: training (about 20 s with OpenBLAS, minutes without)")
+    progress("demo model: training (15 to 25 s with OpenBLAS, minutes without)")
     unfinished = model.with_name(f".{model.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     said = run(
         [sys.executable, DEMO_MODEL_SOURCE / "train.py", unfinished],
         what="training the demo model",
         progress=progress,
-        remedy="run `python examples/demo-model/train.py OUT` to see all of it",
+        remedy="run `python examples/demo_model/train.py OUT` to see all of it",
         deadline_seconds=_TRAINING_DEADLINE_SECONDS,
     )
     unfinished.replace(model)

@@ -1,0 +1,1 @@
+"""The demo model: what it learns (questions.json) and how (train.py)."""
