@@ -19,8 +19,13 @@ setup:
 setup-cluster:
 	@$(PYTHON) tests/setup.py --cluster
 
+# Only what stands on the command line names a cluster; a KUBECONFIG of the environment does not.
+NAMED = $(if $(filter command,$(firstword $(origin KUBECONFIG))),--kubeconfig=$(KUBECONFIG)) $(if $(CONTEXT),--context=$(CONTEXT)) \
+  $(if $(OPERATOR_IMAGE),--operator-image=$(OPERATOR_IMAGE)) $(if $(RUNNER_IMAGE),--runner-image=$(RUNNER_IMAGE)) \
+  $(if $(MODEL_IMAGE),--model-image=$(MODEL_IMAGE))
+
 demo: setup-cluster ## A cluster, images, chart, a small model, two runners, one chat answer, kubectl describe
-	@$(PY) -m examples.demo up
+	@$(PY) -m examples.demo up $(NAMED)
 demo-down: setup-cluster ## Remove what `make demo` made
 	@$(PY) -m examples.demo down
 

@@ -1,0 +1,53 @@
+"""Talks to an instance as its users do: the official openai client, through the Service."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from openai import OpenAI
+
+from mlx_operator_api import names
+from tests.node.instance import Instance
+from tests.node.kube import wait_for
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The demo model's trained questions; answers and token counts of a single mlx-lm process."""
+
+    answers: dict[str, str]
+    token_counts: dict[str, int]
+
+
+@contextmanager
+def client(cluster: Any, instance: Instance, *, retries: int = 0, timeout: float = 90) -> Iterator[OpenAI]:
+    """A client whose connections go through the instance's Service from one of the nodes."""
+    service = wait_for(
+        "the Service has an address",
+        lambda: instance.kubectl.get("service", names.service_name(instance.name), instance.namespace),
+        30,
+    )
+    address = service["spec"]["clusterIP"]
+    with cluster.forward(address, names.PUBLIC_PORT) as (host, port):
+        openai = OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=retries, timeout=timeout)
+        try:
+            yield openai
+        finally:
+            openai.close()
+
+
+def ask(openai: OpenAI, model: str, question: str, **options: Any) -> str:
+    """The answer to one question, greedy."""
+    reply = openai.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": question}], temperature=0, **options
+    )
+    return reply.choices[0].message.content or ""
+
+
+def ask_streaming(openai: OpenAI, model: str, question: str) -> str:
+    """The same by server-sent events."""
+    parts = openai.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": question}], temperature=0, stream=True
+    )
+    return "".join(part.choices[0].delta.content or "" for part in parts if part.choices)

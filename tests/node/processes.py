@@ -1,0 +1,48 @@
+"""Kills processes inside pods the way the world does: by pid, from the node."""
+
+import os
+import signal
+from typing import Any
+
+from tests.node.instance import Instance
+from tests.node.kube import wait_for
+
+ENGINE = "mlx_runner.engine"
+
+
+def pids(cluster: Any, instance: Instance, rank: int) -> dict[str, list[int]]:
+    """Host pids in a rank's container: `engine` and `supervisor` (PID 1 there)."""
+    pod = instance.pods()[rank]
+    found: dict[str, list[int]] = {"engine": [], "supervisor": []}
+    for pid, command in cluster.container_pids(pod["spec"]["nodeName"], instance.namespace, pod["metadata"]["name"]):
+        if ENGINE in command:
+            found["engine"].append(pid)
+        elif "mlx_runner" in command:
+            found["supervisor"].append(pid)
+    return found
+
+
+def engine_pid(cluster: Any, instance: Instance, rank: int) -> int:
+    """The one engine of a rank; two would be a failure of the product."""
+
+    def one() -> int:
+        engines = pids(cluster, instance, rank)["engine"]
+        assert len(engines) <= 1, f"rank {rank} runs {len(engines)} engines"
+        return engines[0] if engines else 0
+
+    return int(wait_for(f"rank {rank} has an engine", one, 30))
+
+
+def kill_engine(cluster: Any, instance: Instance, rank: int) -> None:
+    """SIGKILL to the engine of a rank; its supervisor lives on."""
+    os.kill(engine_pid(cluster, instance, rank), signal.SIGKILL)
+
+
+def kill_container(cluster: Any, instance: Instance, rank: int) -> None:
+    """PID 1 and the engine together: what an OOM kill does on cgroup v2."""
+    found = pids(cluster, instance, rank)
+    for pid in (*found["supervisor"], *found["engine"]):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # the engine dies with its supervisor
