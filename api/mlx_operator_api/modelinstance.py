@@ -6,34 +6,32 @@ would write them into users' objects): they are the `DEFAULT_*` values and the m
 
 from typing import Annotated, Any
 
-from pydantic import Field, WithJsonSchema
+from pydantic import ConfigDict, Field
 
-from .base import DURATION_PATTERN, Lenient, seconds
-from .cel import cel
-from .names import MAX_NAME_LENGTH, MAX_RUNNERS
-from .source import SCHEMES
+from .base import Lenient, seconds
+from .cel import cel, rules
+from .fields import (
+    DURATION_RULE,
+    AnnotationValue,
+    Duration,
+    EnvName,
+    Image,
+    LabelValue,
+    ModelSource,
+    Name,
+    Opaque,
+    Quantity,
+    ServedName,
+)
+from .names import GROUP, MAX_NAME_LENGTH, MAX_RUNNERS
 from .status import Status
 from .tasks import DeadlineSeconds, ServingOptions, Sharding
 
 _MAP_BY_NAME = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
-
-Duration = Annotated[
-    str,
-    Field(
-        max_length=32,
-        json_schema_extra=cel(
-            rule=f"self.matches('{DURATION_PATTERN}')",
-            message="write a number with a unit (ms, s, m, h), for example 90s or 10m",
-            expression="self + ' is no duration: write a number with a unit (ms, s, m, h), for example 90s or 10m'",
-        ),
-    ),
-]
-Quantity = Annotated[
-    str | int,
-    WithJsonSchema({"x-kubernetes-int-or-string": True}),
-]
-Opaque = Annotated[dict[str, Any], WithJsonSchema({"type": "object", "x-kubernetes-preserve-unknown-fields": True})]
-Name = Annotated[str, Field(min_length=1, max_length=253)]
+RESERVED_LABELS = tuple(
+    f"app.kubernetes.io/{name}" for name in ("name", "instance", "version", "component", "part-of", "managed-by")
+)
+"""Labels of the pods that the operator sets itself, besides all under its own group."""
 
 
 class LocalReference(Lenient):
@@ -46,44 +44,62 @@ class LocalReference(Lenient):
 class Model(Lenient):
     """The model to serve."""
 
-    source: Annotated[
-        str,
-        Field(
-            min_length=1,
-            max_length=2048,
-            json_schema_extra=cel(
-                rule="self.matches('^(hf|pvc|oci)://[^/].*$')",
-                message=f"use {SCHEMES}",
-                expression=f"'unsupported model source ' + self + ': use {SCHEMES}'",
-            ),
-        ),
-    ]
+    source: ModelSource
     """Where the weights come from: `hf://ORG/NAME[@REV]`, `pvc://CLAIM/PATH` or `oci://IMAGE` (an image volume)."""
     credentials_secret_ref: LocalReference | None = None
     """Secret with the key `token`, for a private or gated repository."""
-    served_name: Annotated[str | None, Field(min_length=1, max_length=253)] = None
+    served_name: ServedName | None = None
     """The name clients put into `model`. Default: metadata.name."""
 
 
 class Toleration(Lenient):
     """A toleration of the pods, as in a pod spec."""
 
-    key: Annotated[str | None, Field(max_length=316)] = None
-    """Taint key; empty with operator Exists matches all."""
-    operator: Annotated[str | None, Field(max_length=16)] = None
-    """Exists or Equal. Default: Equal."""
-    value: Annotated[str | None, Field(max_length=63)] = None
-    """Taint value, with Equal."""
-    effect: Annotated[str | None, Field(max_length=32)] = None
-    """NoSchedule, PreferNoSchedule or NoExecute; empty matches all."""
-    toleration_seconds: int | None = None
-    """How long a NoExecute taint is tolerated."""
+    # The API server would refuse such a pod: better to say so when the ModelInstance is applied.
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            cel(
+                rule="has(self.key) || (has(self.operator) && self.operator == 'Exists')",
+                message="a toleration without key matches every taint: say so with operator: Exists, or name a key",
+            ),
+            cel(
+                rule="!has(self.value) || !has(self.operator) || self.operator != 'Exists'",
+                message="operator Exists takes no value: remove value, or use operator: Equal",
+                field_path=".value",
+            ),
+            cel(
+                rule="!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+                message="tolerationSeconds needs effect: NoExecute",
+                field_path=".tolerationSeconds",
+            ),
+        )
+    )
+
+    key: Annotated[str | None, Field(min_length=1, max_length=317)] = None
+    """Taint key; absent with operator Exists matches all."""
+    operator: Annotated[str | None, Field(json_schema_extra={"enum": ["Exists", "Equal", "Lt", "Gt"]})] = None
+    """How the value is compared. Default: Equal. Lt and Gt need a cluster that has them."""
+    value: LabelValue | None = None
+    """Taint value; none with Exists."""
+    effect: Annotated[
+        str | None, Field(json_schema_extra={"enum": ["NoSchedule", "PreferNoSchedule", "NoExecute"]})
+    ] = None
+    """Effect of the taint; absent matches all."""
+    toleration_seconds: Annotated[int | None, Field(json_schema_extra={"format": "int64"})] = None
+    """How long a NoExecute taint is tolerated; absent: for ever."""
 
 
 class EnvVar(Lenient):
     """An environment variable of the runner container."""
 
-    name: Annotated[str, Field(min_length=1, max_length=256)]
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            rule="!has(self.value) || !has(self.valueFrom)",
+            message="value and valueFrom exclude each other: remove one",
+        )
+    )
+
+    name: EnvName
     """Its name."""
     value: Annotated[str | None, Field(max_length=32768)] = None
     """Its value."""
@@ -91,23 +107,49 @@ class EnvVar(Lenient):
     """A source for its value, as in a pod spec."""
 
 
+def _keys_rule(good: str, complaint: str) -> dict[str, Any]:
+    """A rule on the keys of a map; the message starts with the bad ones."""
+    return cel(
+        rule=f"self.all(key, {good})",
+        message=complaint,
+        expression=f"self.filter(key, !({good}))[0] + ': {complaint}'",
+    )
+
+
+_RESOURCE_NAMES = _keys_rule(
+    "key.contains('/') || key.startsWith('hugepages-') || key in ['cpu', 'memory', 'ephemeral-storage']",
+    "unknown resource: use cpu, memory, ephemeral-storage, hugepages-SIZE or one with a domain such as nvidia.com/gpu",
+)
+ResourceList = Annotated[dict[str, Quantity], Field(max_length=16, json_schema_extra=_RESOURCE_NAMES)]
+
+
 class Resources(Lenient):
     """Requests and limits of the runner container."""
 
-    limits: Annotated[dict[str, Quantity] | None, Field(max_length=16)] = None
+    limits: ResourceList | None = None
     """Most it may use. The memory limit is checked against the shard before loading."""
-    requests: Annotated[dict[str, Quantity] | None, Field(max_length=16)] = None
+    requests: ResourceList | None = None
     """What the scheduler reserves."""
+
+
+_POD_LABELS = _keys_rule(
+    f"!key.startsWith('{GROUP}/') && !(key in {list(RESERVED_LABELS)})",
+    "the operator sets this label itself: remove it, or use a domain of your own",
+)
+_POD_ANNOTATIONS = _keys_rule(
+    f"!key.startsWith('{GROUP}/')",
+    "the operator sets this annotation itself: remove it, or use a domain of your own",
+)
 
 
 class Runner(Lenient):
     """The pod of each rank."""
 
-    image: Annotated[str | None, Field(min_length=1, max_length=1024)] = None
+    image: Image | None = None
     """Image of the runner. Default: the operator's own release, fixed in status.runnerImage at the first pod."""
     resources: Resources | None = None
     """Requests and limits of the runner container."""
-    node_selector: Annotated[dict[str, str] | None, Field(max_length=64)] = None
+    node_selector: Annotated[dict[str, LabelValue] | None, Field(max_length=64)] = None
     """Labels that the node must have."""
     tolerations: Annotated[tuple[Toleration, ...] | None, Field(max_length=64)] = None
     """Taints that are tolerated. not-ready and unreachable are tolerated for 30 s unless said otherwise here."""
@@ -121,23 +163,34 @@ class Runner(Lenient):
     """Container runtime of the pods."""
     env: Annotated[tuple[EnvVar, ...] | None, Field(max_length=256, json_schema_extra=_MAP_BY_NAME)] = None
     """Environment of the runner container."""
-    image_pull_secrets: Annotated[tuple[LocalReference, ...] | None, Field(max_length=16)] = None
+    image_pull_secrets: Annotated[
+        tuple[LocalReference, ...] | None, Field(max_length=16, json_schema_extra=_MAP_BY_NAME)
+    ] = None
     """Secrets for pulling the image."""
     service_account_name: Name | None = None
     """Service account of the pods; no token is mounted."""
-    pod_labels: Annotated[dict[str, str] | None, Field(max_length=64)] = None
-    """More labels of the pods."""
-    pod_annotations: Annotated[dict[str, str] | None, Field(max_length=64)] = None
-    """More annotations of the pods."""
+    pod_labels: Annotated[dict[str, LabelValue] | None, Field(max_length=64, json_schema_extra=_POD_LABELS)] = None
+    """More labels of the pods; not those that the operator sets itself."""
+    pod_annotations: Annotated[
+        dict[str, AnnotationValue] | None, Field(max_length=64, json_schema_extra=_POD_ANNOTATIONS)
+    ] = None
+    """More annotations of the pods; not those that the operator sets itself."""
 
 
 class Cache(Lenient):
     """Where downloads are kept."""
 
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            rule="!has(self.claimName) || !has(self.sizeLimit)",
+            message="sizeLimit limits the emptyDir, which claimName replaces: remove claimName or sizeLimit",
+        )
+    )
+
     claim_name: Name | None = None
     """A PersistentVolumeClaim, shared by instances and kept over restarts. Default: an emptyDir per pod."""
     size_limit: Quantity | None = None
-    """Size limit of the emptyDir."""
+    """Size limit of the emptyDir; not together with claimName."""
 
 
 class Serving(Lenient):
@@ -221,8 +274,23 @@ OPERATOR_GRACE_SECONDS = 10.0
 """The operator waits this much longer than the supervisor's own deadline before it acts itself."""
 
 
+DEFAULT_BACKOFF_INITIAL = "2s"
+DEFAULT_BACKOFF_MAX = "5m"
+
+
 class Backoff(Lenient):
     """Time before a restart. The first restart of a window is at once."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            rule=f"!has(self.initial) || !self.initial.matches('{DURATION_RULE}') "
+            f"|| (has(self.max) && !self.max.matches('{DURATION_RULE}')) "
+            f"|| duration(self.initial) <= duration(has(self.max) ? self.max : '{DEFAULT_BACKOFF_MAX}')",
+            message=f"initial is longer than max (default {DEFAULT_BACKOFF_MAX}): lower initial or raise max",
+            expression="'initial ' + self.initial + ' is longer than max ' "
+            f"+ (has(self.max) ? self.max : '{DEFAULT_BACKOFF_MAX} (the default)') + ': lower initial or raise max'",
+        )
+    )
 
     initial: Duration | None = None
     """Of the second restart. Default: 2s. Doubles with each further one."""
@@ -242,8 +310,6 @@ class RestartPolicy(Lenient):
 
 
 DEFAULT_MAX_RESTARTS = 5
-DEFAULT_BACKOFF_INITIAL = "2s"
-DEFAULT_BACKOFF_MAX = "5m"
 DEFAULT_RESET_AFTER = "10m"
 
 
@@ -284,9 +350,16 @@ class ModelInstance(Lenient):
     """Observed state, written by the operator."""
 
 
-NAME_RULE = cel(
-    rule=f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
-    message=f"metadata.name must have at most {MAX_NAME_LENGTH} characters: the pods are called NAME-RANK",
-    field_path=".metadata.name",
+NAME_RULES = rules(
+    cel(
+        rule=f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
+        message=f"metadata.name must have at most {MAX_NAME_LENGTH} characters: the pods are called NAME-RANK",
+        field_path=".metadata.name",
+    ),
+    cel(
+        rule="self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+        message="metadata.name must start with a letter and hold only a-z, 0-9 and -: the Service is called NAME",
+        field_path=".metadata.name",
+    ),
 )
-"""A rule on the root of the object."""
+"""Rules on the root of the object, the only place where CEL sees the name."""

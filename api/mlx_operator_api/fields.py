@@ -1,0 +1,139 @@
+"""Field types of the spec, each with the rule and the words that the API server answers a bad value with.
+
+Rules stand on the smallest node: a stored object that breaks a rule of a later release can still be changed elsewhere.
+Structural limits (type, enum, range, required) suppress every CEL rule of the object, so what users get wrong most is
+said in CEL.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import Field, WithJsonSchema
+
+from .cel import cel, rules, text_rule
+from .schema import INT_OR_STRING, PRESERVE
+from .source import SCHEMES
+
+# At most two components of hours fit, so that CEL's own duration() (64 bits of nanoseconds) never overflows.
+DURATION_MAX_LENGTH = 16
+DURATION_RULE = "^([0-9]{1,6}(ms|s|m|h))+$"
+_DURATION_HELP = "write a number with a unit (ms, s, m, h), for example 90s or 10m"
+
+Duration = Annotated[
+    str,
+    Field(
+        max_length=DURATION_MAX_LENGTH,
+        json_schema_extra=rules(
+            text_rule(f"self.matches('{DURATION_RULE}')", f"is no duration: {_DURATION_HELP}"),
+            text_rule(
+                f"!self.matches('{DURATION_RULE}') || self.matches('[1-9]')",
+                "is no time at all: write a duration above zero, for example 30s",
+            ),
+        ),
+    ),
+]
+Quantity = Annotated[
+    str | int,
+    WithJsonSchema(
+        {
+            INT_OR_STRING: True,
+            "maxLength": 64,
+            **cel(
+                rule="type(self) == int ? self >= 0 : isQuantity(self) && !quantity(self).isLessThan(quantity('0'))",
+                message="no quantity: write a number of zero or more with an optional unit, for example 500m, 2 or 4Gi",
+            ),
+        }
+    ),
+]
+Opaque = Annotated[dict[str, Any], WithJsonSchema({"type": "object", PRESERVE: True})]
+
+_OBJECT_NAME = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+Name = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=253,
+        json_schema_extra=text_rule(
+            f"self.matches('{_OBJECT_NAME}')",
+            "is no name of a Kubernetes object: use lower-case letters, digits, - and .",
+        ),
+    ),
+]
+Image = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=1024,
+        json_schema_extra=text_rule(
+            "self.matches('^[A-Za-z0-9][-A-Za-z0-9._:/@]*$')",
+            "is no image: write REGISTRY/NAME:TAG or REGISTRY/NAME@DIGEST",
+        ),
+    ),
+]
+ModelSource = Annotated[
+    str,
+    Field(
+        max_length=2048,
+        json_schema_extra=rules(
+            text_rule("self.matches('^(hf|pvc|oci)://')", f"is no model source: use {SCHEMES}"),
+            text_rule(
+                "!self.startsWith('hf://') || self.matches('^hf://[-A-Za-z0-9._]+/[-A-Za-z0-9._]+(@[-A-Za-z0-9._/]+)?$')",
+                "names no repository: write hf://ORG/NAME or hf://ORG/NAME@REV",
+            ),
+            text_rule(
+                "!self.startsWith('pvc://') || self.matches('^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.*)?$')",
+                "names no claim: write pvc://CLAIM or pvc://CLAIM/PATH, with the name of a PersistentVolumeClaim",
+            ),
+            text_rule(
+                "!self.startsWith('pvc://') || !self.matches('/[.][.](/|$)')",
+                "leads out of the volume: write the path inside the claim without ..",
+            ),
+            text_rule(
+                "!self.startsWith('oci://') || self.matches('^oci://[A-Za-z0-9][-A-Za-z0-9._:/@]*$')",
+                "names no image: write oci://REGISTRY/NAME:TAG or oci://REGISTRY/NAME@DIGEST",
+            ),
+        ),
+    ),
+]
+ServedName = Annotated[
+    str,
+    Field(
+        max_length=253,
+        json_schema_extra=text_rule(
+            "self.matches('^[A-Za-z0-9][-A-Za-z0-9._:/@+]*$')",
+            "cannot be sent as a model name: start with a letter or digit, then letters, digits and . _ : / @ + -",
+        ),
+    ),
+]
+
+LABEL_VALUE = "^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"
+LabelValue = Annotated[
+    str,
+    Field(
+        max_length=63,
+        json_schema_extra=text_rule(
+            f"self.matches('{LABEL_VALUE}')",
+            "is no label value: use letters, digits, -, _ and . and start and end with a letter or digit",
+        ),
+    ),
+]
+AnnotationValue = Annotated[str, Field(max_length=65536)]
+
+RESERVED_ENV_PREFIXES = ("MLX_RUNNER_", "MLX_INSTANCE_")
+"""Environment variables that the operator sets itself."""
+EnvName = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=256,
+        json_schema_extra=rules(
+            text_rule(
+                "self.matches('^[-._A-Za-z][-._A-Za-z0-9]*$')",
+                "is no name of an environment variable: use letters, digits, _, - and . and no digit first",
+            ),
+            text_rule(
+                " && ".join(f"!self.startsWith('{prefix}')" for prefix in RESERVED_ENV_PREFIXES),
+                "is reserved: the operator sets " + " and ".join(f"{p}*" for p in RESERVED_ENV_PREFIXES) + " itself",
+            ),
+        ),
+    ),
+]
