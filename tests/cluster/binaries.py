@@ -13,13 +13,12 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Set
 
-from tests.cluster.buildcache import BuildError, Progress, key_of, key_of_files, locked, run
+from tests.cluster.buildcache import BuildError, Progress, check_disk, key_of, key_of_files, locked, run
 from tests.cluster.paths import cache_root
 
 MODULES = pathlib.Path(__file__).resolve().parent / "go"
@@ -176,12 +175,29 @@ def toolchain(folder: pathlib.Path) -> Toolchain:
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"`go env` gave no answer in {QUERY_DEADLINE_SECONDS:.0f} s: {_GO_REMEDY}") from error
     if answer.returncode != 0:
-        needed = re.search(r"^go (\S+)", (folder / "go.mod").read_text(), re.MULTILINE)
-        version = needed.group(1) if needed else "a newer version"
         said = answer.stderr.strip().replace("\n", " ")
-        raise BuildError(f"Go is too old or broken ({said}): {folder.name} needs Go {version} or newer; {_GO_REMEDY}")
+        raise BuildError(f"`go env` failed in {folder} ({said}): {_GO_REMEDY}")
     values = json.loads(answer.stdout)
+    needed = required_go(folder / "go.mod")
+    if _numbers(values["GOVERSION"]) < _numbers(needed):
+        raise BuildError(f"{values['GOVERSION']} is too old: {folder.name} needs Go {needed} or newer; {_GO_REMEDY}")
     return Toolchain(values["GOVERSION"], values["GOOS"], values["GOARCH"], pathlib.Path(values["GOCACHE"]))
+
+
+def required_go(go_mod: pathlib.Path) -> str:
+    """The oldest Go version that a go.mod accepts, such as 1.26.6.
+
+    Raises:
+        BuildError: the file does not say.
+    """
+    found = re.search(r"^go (\S+)", go_mod.read_text(), re.MULTILINE)
+    if not found:
+        raise BuildError(f"{go_mod} has no line `go VERSION`: restore the file from version control")
+    return found.group(1)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def _go_environment() -> dict[str, str]:
@@ -206,16 +222,11 @@ def _ensure_project(project: Project, programs: Set[str], store: pathlib.Path, p
 
 
 def _check_disk(build_cache: pathlib.Path, store: pathlib.Path) -> None:
+    # A warm build cache has most of it already; then only the programs themselves are written.
+    warm = (build_cache / "trim.txt").exists()
+    needed = DISK_NEEDED_BYTES // 4 if warm else DISK_NEEDED_BYTES
     for place in (build_cache, store):
-        existing = next(folder for folder in (place, *place.parents) if folder.exists())
-        free = shutil.disk_usage(existing).free
-        # A warm build cache has most of it already; then only the programs themselves are written.
-        needed = DISK_NEEDED_BYTES if not (build_cache / "trim.txt").exists() else DISK_NEEDED_BYTES // 4
-        if free < needed:
-            raise BuildError(
-                f"{existing} has {free / 2**30:.1f} GiB free and the build needs about {needed / 2**30:.0f}: "
-                "free some space, or move GOCACHE and MLX_OPERATOR_CACHE to a larger disk"
-            )
+        check_disk(place, needed, "move GOCACHE and MLX_OPERATOR_CACHE to a larger disk")
 
 
 def _build(project: Project, program: str, target: pathlib.Path, progress: Progress) -> None:

@@ -16,9 +16,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 
 from tests.cluster import oci
-from tests.cluster.buildcache import REPOSITORY, BuildError, Progress, key_of, run
+from tests.cluster.buildcache import REPOSITORY, BuildError, Progress, check_disk, key_of, run
 
 BUILD_DEADLINE_SECONDS = 1800.0
+# Base, operator and runner, once as layers of the store and once as layouts, with room for the layers being built.
+DISK_NEEDED_BYTES = 4 << 30
 _QUICK_DEADLINE_SECONDS = 300.0
 _INSTALL = "install it with `apt-get install buildah` and run this again"
 _CA_BUNDLE_VARIABLES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
@@ -180,11 +182,14 @@ def _pip_settings() -> Iterator[tuple[str, str]]:
             yield found.group(1).removeprefix("default-"), found.group(2).replace("\\n", "\n    ")
 
 
-def check_prerequisites() -> None:
+def check_prerequisites(place: pathlib.Path) -> None:
     """Refuses to start a build that cannot end.
 
+    Args:
+        place: where images are kept.
+
     Raises:
-        BuildError: this is not root, or a program is missing.
+        BuildError: this is not root, a program is missing, or the disk is nearly full.
     """
     if os.geteuid() != 0:
         raise BuildError("building images in a chroot needs root: run this as root (with sudo, for example)")
@@ -192,3 +197,4 @@ def check_prerequisites() -> None:
     if missing:
         names = " ".join(missing)
         raise BuildError(f"not installed: {', '.join(missing)}; run `apt-get install {names}` and then this again")
+    check_disk(place, DISK_NEEDED_BYTES, "move MLX_OPERATOR_CACHE to a larger disk")

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -45,6 +46,26 @@ def key_of_files(root: pathlib.Path, files: Iterable[pathlib.Path]) -> str:
         executable = "x" if file.stat().st_mode & 0o111 else "-"
         parts += [f"{executable} {file.relative_to(root).as_posix()}", file.read_bytes()]
     return key_of(parts)
+
+
+def check_disk(place: pathlib.Path, needed_bytes: int, otherwise: str) -> None:
+    """Refuses to start what would fill the disk.
+
+    Args:
+        place: a path on that disk; it need not exist yet.
+        needed_bytes: what must be free.
+        otherwise: what to do besides freeing space.
+
+    Raises:
+        BuildError: less is free.
+    """
+    existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise BuildError(
+            f"{existing} has {free / 2**30:.1f} GiB free and this needs about {needed_bytes / 2**30:.0f}: "
+            f"free some space, or {otherwise}"
+        )
 
 
 @contextlib.contextmanager

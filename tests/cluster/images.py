@@ -81,7 +81,7 @@ def ensure_base(progress: Progress) -> pathlib.Path:
     target = _home(BASE, _base_key())
     if target.exists():
         return target
-    check_prerequisites()
+    check_prerequisites(_root())
     with locked(_lock(BASE), progress):
         if not target.exists():
             started = time.monotonic()
@@ -170,7 +170,7 @@ def _ensure_built(recipe: Recipe, progress: Progress) -> pathlib.Path:
     target = _home(recipe.name, recipe_key(recipe))
     if target.exists():
         return target
-    check_prerequisites()
+    check_prerequisites(_root())
     base = ensure_base(progress)
     store = Store(_root() / "store")
     with locked(_root() / "store.lock", progress):
