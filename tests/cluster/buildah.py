@@ -109,16 +109,20 @@ class Store:
             options = [f"--build-arg={key}={value}" for key, value in arguments.items()]
             options += [f"--secret=id={key},src={path}" for key, path in host_secrets(pathlib.Path(scratch)).items()]
             ignored = ["--ignorefile", str(REPOSITORY / ".dockerignore")]
-            run(
-                self.command(
-                    *("build", "--isolation", "chroot", "--layers", "--pull=never", *ignored, *options),
-                    *("-t", name, "-f", dockerfile, REPOSITORY),
-                ),
-                what=f"building {name}",
-                progress=progress,
-                remedy=f"read what the failing step of {dockerfile.relative_to(REPOSITORY)} says and run this again",
-                deadline_seconds=BUILD_DEADLINE_SECONDS,
-            )
+            try:
+                run(
+                    self.command(
+                        *("build", "--isolation", "chroot", "--layers", "--pull=never", *ignored, *options),
+                        *("-t", name, "-f", dockerfile, REPOSITORY),
+                    ),
+                    what=f"building {name}",
+                    progress=progress,
+                    remedy=f"read what the failing step of {dockerfile} says, and run this again",
+                    deadline_seconds=BUILD_DEADLINE_SECONDS,
+                )
+            finally:
+                # A step that failed or was interrupted, now or in a process that was killed, left its root mounted.
+                self.query("rm", "--all")
 
     def export(self, name: str, target: pathlib.Path, older: pathlib.Path | None) -> None:
         """Writes an image of the store as an OCI layout, in place only when it is whole.

@@ -211,6 +211,7 @@ class TestBuildah:
             changed = build("changed", same)
         finally:
             store.change("rmi", "--all", "--force")
+        assert str(tmp_path) not in pathlib.Path("/proc/self/mounts").read_text()
         assert layers(same) == layers(first)
         assert [after == before for after, before in zip(layers(changed), layers(first), strict=True)] == [
             True,
@@ -226,7 +227,7 @@ class TestBuildah:
             assert found == set(oci.referenced_blobs(layout))
 
     @needs_buildah
-    def test_a_failed_step_is_shown_with_the_dockerfile_to_look_at(
+    def test_a_failed_step_is_shown_with_its_dockerfile_and_leaves_no_mount(
         self, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY nowhere /\n")
@@ -235,7 +236,7 @@ class TestBuildah:
         store = Store(tmp_path / "store")
         with pytest.raises(BuildError, match=r"(?s)building localhost/x:1 failed.*Dockerfile says.*nowhere"):
             store.build(tmp_path / "Dockerfile", "localhost/x:1", {}, print)
-        store.change("rmi", "--all", "--force")
+        assert str(tmp_path) not in pathlib.Path("/proc/self/mounts").read_text()
 
     def test_builders_that_are_not_root_are_told_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "geteuid", lambda: 1000)
