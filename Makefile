@@ -40,7 +40,7 @@ lint: setup ## ruff, mypy --strict, import contracts, generated files
 format: setup ## ruff format and safe fixes
 	@$(PY) -m ruff check --fix -q . ; $(PY) -m ruff format -q .
 
-test-unit: setup ## Planner, transition table, chart, everything pure
+test-unit: setup-cluster ## Planner, transition table, chart, everything pure
 	$(PYTEST) tests/unit tests/cluster/tests -q
 test-runner: setup ## Real MLX on loopback, no cluster
 	$(PYTEST) tests/runner -q

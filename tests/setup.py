@@ -32,7 +32,6 @@ CLUSTER_PROGRAMS = {
     "iptables": "iptables",
     "ip": "iproute2",
     "nsenter": "util-linux",
-    "gcc": "gcc",
     "conntrack": "conntrack",
 }
 BLAS_PACKAGE = "libopenblas0-pthread"
@@ -50,7 +49,7 @@ def say(text: str) -> None:
 def run(argv: list[str], **environment: str) -> None:
     """Run a step; its output is shown only when it fails."""
     started = time.monotonic()
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         argv,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -95,7 +94,7 @@ def install_packages(packages: list[str]) -> None:
 
 def go_version(program: str) -> tuple[int, int]:
     """(major, minor) of a Go program; (0, 0) when it does not answer."""
-    done = subprocess.run([program, "env", "GOVERSION"], capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run([program, "env", "GOVERSION"], capture_output=True, text=True, check=False)
     parts = done.stdout.strip().removeprefix("go").split(".")
     return (int(parts[0]), int(parts[1])) if len(parts) >= 2 and parts[0].isdigit() else (0, 0)
 
