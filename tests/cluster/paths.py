@@ -12,7 +12,7 @@ _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,18}[a-z0-9])?")
 
 
 def cache_root() -> Path:
-    """Return the cache folder: ``MLX_OPERATOR_CACHE``, else ``$XDG_CACHE_HOME/mlx-operator``, else ``~/.cache/mlx-operator``."""
+    """Return the cache folder: ``MLX_OPERATOR_CACHE``, else ``mlx-operator`` in XDG_CACHE_HOME or ``~/.cache``."""
     named = os.environ.get("MLX_OPERATOR_CACHE")
     if named:
         return Path(named).absolute()

@@ -1,8 +1,8 @@
 """Start background programs and stop exactly those again, whatever crashed in between.
 
-A program is recorded by process id, start time and boot id. The record is written by the child itself before it becomes
-the program, so there is no instant at which a recorded cluster runs an unrecorded program; and because the start time is
-part of it, an id that the kernel has given to somebody else since is never signalled.
+A program is recorded by process id, start time and boot id. The record is written by the child itself before it
+becomes the program, so there is no instant at which a cluster runs an unrecorded program; and because the start time
+is part of it, an id that the kernel has given to somebody else since is never signalled.
 """
 
 import contextlib
@@ -10,15 +10,15 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.errors import ClusterError
-from tests.cluster.waiting import wait_until
+from tests.cluster.waiting import ended, wait_until
 
-# The child joins its cgroup, records itself under its own id, then becomes the program. Field 22 of /proc/ID/stat is the
-# start time (proc(5)); the second field is "(sh)" here, so that plain field counting is right.
+# The child joins its cgroup, records itself under its own id, then becomes the program. Field 22 of /proc/ID/stat is
+# the start time (proc(5)); the second field is "(sh)" here, so that plain field counting is right.
 _LAUNCH = """
 record=$1 cgroup=$2; shift 2
 [ -z "$cgroup" ] || echo $$ > "$cgroup/cgroup.procs" || exit 120
@@ -141,19 +141,10 @@ def spawn(
 
     def recorded() -> Record | None:
         if started is None or not started.alive():
-            raise ClusterError(f"{argv[0]} ended while it was being started.")
+            raise ended(record.name, log)
         return Record.read(record)
 
     return wait_until(recorded, what=f"{record.name} is started", seconds=20, log=log)
-
-
-def pids_with_prefix(argument_prefix: str) -> Iterator[int]:
-    """Yield every running process that has an argument starting with ``argument_prefix`` (for reports, never for signals)."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and any(
-            a.startswith(argument_prefix) for a in command_line(int(entry.name)).split(" ")
-        ):
-            yield int(entry.name)
 
 
 def command_line(pid: int) -> str:

@@ -65,17 +65,22 @@ def wait_until(
         try:
             result = check()
         except ClusterError as error:
-            raise ClusterError(_with_log(f"Gave up waiting until {what}: {error}", log)) from error
+            raise ClusterError(f"Gave up waiting until {what}: {error}") from error
         if result:
             return result
         now = time.monotonic()
         if now - begun > seconds:
-            raise ClusterError(_with_log(f"Waited {seconds:.0f} s until {what}, in vain.", log))
+            raise ClusterError(f"Waited {seconds:.0f} s until {what}, in vain.{_end_of(log)}")
         if now >= next_line:
             progress(f"still waiting until {what} ({now - begun:.0f} of {seconds:.0f} s)")
             next_line = now + 5
         time.sleep(interval)
 
 
-def _with_log(message: str, log: Path | None) -> str:
-    return message if log is None else f"{message} The end of {log}:\n{tail(log)}"
+def ended(component: str, log: Path) -> ClusterError:
+    """Return the error for a program that should run and does not, with the end of its log."""
+    return ClusterError(f"{component} ended.{_end_of(log)}")
+
+
+def _end_of(log: Path | None) -> str:
+    return "" if log is None else f" The end of {log}:\n{tail(log)}"
