@@ -259,7 +259,8 @@ class Cluster:
         Raises:
             ClusterError: it failed, with its standard error.
         """
-        argv = [str(self.binaries / "kubectl"), f"--kubeconfig={self.kubeconfig}", *words]
+        argv = [str(self.binaries / "kubectl"), f"--kubeconfig={self.kubeconfig}"]
+        argv += [f"--cache-dir={self.paths.root / 'kubectl-cache'}", *words]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds, input=stdin, check=False)
         if done.returncode:
             raise ClusterError(f"`kubectl {' '.join(words)}` failed: {done.stderr.strip()[-1500:]}")

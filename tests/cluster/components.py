@@ -114,10 +114,15 @@ class ControlPlane:
             f"--cert-dir={self.pki.folder}",
             "--use-service-account-credentials=true",
             "--leader-elect=false",
+            # The usual 20 requests a second would spend 5 s on one token per controller before any of them starts.
+            "--kube-api-qps=300",
+            "--kube-api-burst=600",
             "--bind-address=127.0.0.1",
             f"--secure-port={port}",
             f"--node-monitor-grace-period={NODE_GRACE_SECONDS}s",
             "--node-monitor-period=2s",
+            # It makes this folder when it is not there; the usual one is below /usr.
+            f"--flex-volume-plugin-dir={self.data.parent / 'volumeplugins'}",
         ]
 
     def scheduler(self, kubeconfig: Path) -> list[str]:
@@ -131,14 +136,12 @@ class ControlPlane:
         ]
 
 
-def kubelet(binaries: Path, folder: Path, *, name: str, address: str, config: Path, kubeconfig: Path) -> list[str]:
+def kubelet(binaries: Path, *, name: str, address: str, config: Path, kubeconfig: Path) -> list[str]:
     """Return a kubelet's command line."""
     return [
         str(binaries / "kubelet"),
         f"--kubeconfig={kubeconfig}",
         f"--config={config}",
-        f"--root-dir={folder / 'kubelet'}",
-        f"--cert-dir={folder / 'kubelet-pki'}",
         f"--hostname-override={name}",
         f"--node-ip={address}",
         "-v=2",

@@ -18,14 +18,15 @@ from tests.cluster.waiting import ended, wait_until
 API_PORT = 6443
 DAEMONS = ("containerd", "kubelet", "proxy")
 _OVERLAY_MAGIC = "overlayfs"
-# Private first, shared again afterwards: what the node mounts never reaches the host, and pods still see it. /run and
-# /var/log are the node's own, so that shims' sockets, pods' namespaces and log links vanish with it.
+# Private first, shared again afterwards: what the node mounts never reaches the host, and pods still see it. /run, a
+# memory disk as on any machine, /var/log and /var/lib are the node's own: kubelet, CNI and containerd have fixed places
+# there that two nodes would fight over, and that would stay behind on the host.
 _MOUNTS = """
 set -e; folder=$1; shift
 mount --make-rshared /
 mount -t tmpfs -o mode=755,size=512m mlxop-run /run; mkdir -p /run/netns /run/lock
 mount --bind "$folder/log" /var/log
-[ ! -d /var/lib/cni ] || mount --bind "$folder/cni-cache" /var/lib/cni
+mount --bind "$folder/lib" /var/lib
 for file in $(cd "$folder/sys" && find . -type f); do mount --bind "$folder/sys/$file" "/proc/sys/$file"; done
 exec "$@"
 """
@@ -100,7 +101,6 @@ class Node:
             )
             argv = components.kubelet(
                 self._binaries,
-                self.folder,
                 name=self.name,
                 address=node_address(self.index),
                 config=self._kubelet_config(pki),
@@ -148,7 +148,7 @@ class Node:
     def _prepare(self) -> None:
         # Leases of pod addresses belong to pods that ended with the power.
         shutil.rmtree(self.folder / "addresses", ignore_errors=True)
-        for name in ("cni", "log", "cni-cache", "kubelet"):
+        for name in ("cni", "log", "lib"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         for name, value in configs.PRIVATE_SYSCTLS.items():
             file = self.folder / "sys" / name

@@ -25,7 +25,7 @@ _CAPABILITIES = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN"}
 _SYSTEM_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 _BRIDGE_FILTER = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
 # These are replaced by private ones inside a node.
-_HIDDEN_IN_NODES = (Path("/run"), Path("/var/run"), Path("/var/log"), Path("/var/lib/cni"))
+_HIDDEN_IN_NODES = (Path("/run"), Path("/var/run"), Path("/var/log"), Path("/var/lib"))
 
 
 def find_program(name: str) -> str | None:
