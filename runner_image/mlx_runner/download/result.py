@@ -1,0 +1,58 @@
+"""What the download says to its supervisor: one JSON object a line on its stdout, the result last."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from mlx_operator_api.base import Lenient
+from mlx_operator_api.conditions import Reason
+from mlx_operator_api.tasks import ModelFacts
+
+
+class Percent(Lenient):
+    """Progress, 0 to 100."""
+
+    kind: Literal["Percent"] = "Percent"
+    percent: int
+
+
+class Found(Lenient):
+    """Every file is present and verified."""
+
+    kind: Literal["Found"] = "Found"
+    facts: ModelFacts
+
+
+class Refused(Lenient):
+    """The model cannot be used as it is."""
+
+    kind: Literal["Refused"] = "Refused"
+    reason: Reason
+    message: str
+
+
+Line = Annotated[Percent | Found | Refused, Field(discriminator="kind")]
+_LINES: TypeAdapter[Line] = TypeAdapter(Line)
+
+
+class ModelError(Exception):
+    """The model is missing, damaged or out of reach."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+def encode(line: Percent | Found | Refused) -> str:
+    """One line, without the newline."""
+    return line.model_dump_json(by_alias=True, exclude_none=True)
+
+
+def decode(text: bytes) -> Line:
+    """Read a line.
+
+    Raises:
+        pydantic.ValidationError: it is none of ours.
+    """
+    return _LINES.validate_json(text)

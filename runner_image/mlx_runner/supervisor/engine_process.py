@@ -1,0 +1,181 @@
+"""One engine: a child that holds MLX, peers and weights. It may freeze, abort or be killed at any time."""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from mlx_runner import channel
+from mlx_runner.progress import Progress, Snapshot
+
+from . import children, evidence
+from .cgroup import Cgroup
+from .config import Config
+
+log = logging.getLogger(__name__)
+
+MAX_EVENT_BYTES = 16 * 1024 * 1024
+"""Of one line from the engine."""
+_SETTLE_SECONDS = 1.0
+"""After the end of the process: for what is still in its pipes (a grandchild may hold them open for ever)."""
+_ENGINE_LINE = "engine: "
+
+
+class EngineProcess:
+    """A running engine. `on_event` and `on_exit` are called in the order of what happened, exit last and once."""
+
+    def __init__(self, child: children.Child, progress: Progress, cgroup: Cgroup) -> None:
+        self.pid = child.pid
+        self.started = False
+        self.on_event: Callable[[channel.Event], None] = lambda event: None
+        self.on_exit: Callable[[evidence.Exit], None] = lambda exit_: None
+        self._child = child
+        self._progress = progress
+        self._last = progress.read()
+        self._cgroup = cgroup
+        self._oom_before = cgroup.oom_kills()
+        self._stderr = evidence.kept_lines()
+        self._writer: asyncio.StreamWriter | None = None
+        self._exit: asyncio.Future[evidence.Exit] = asyncio.get_running_loop().create_future()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether its end was not yet told."""
+        return not self._exit.done()
+
+    @property
+    def progress(self) -> Snapshot:
+        """What it last wrote to shared memory."""
+        if self.alive:
+            self._last = self._progress.read()
+        return self._last
+
+    def send(self, command: channel.Command) -> None:
+        """Give it a command. Never blocks; a command to an ended engine is dropped, its end is told anyway."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(channel.encode(command))
+
+    def kill(self) -> None:
+        """SIGKILL, whatever it does."""
+        self._child.kill()
+
+    async def wait(self) -> evidence.Exit:
+        """Its exit, once it was reaped and its last words were read."""
+        return await asyncio.shield(self._exit)
+
+    def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stderr: asyncio.StreamReader) -> None:
+        """Start to read from it."""
+        self._writer = writer
+        self._task = asyncio.create_task(self._supervise(reader, stderr), name=f"engine-{self.pid}")
+
+    async def _supervise(self, reader: asyncio.StreamReader, stderr: asyncio.StreamReader) -> None:
+        readers = [asyncio.create_task(self._read_events(reader)), asyncio.create_task(self._read_stderr(stderr))]
+        code = await self._child.wait()
+        _, late = await asyncio.wait(readers, timeout=_SETTLE_SECONDS)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+        if self._writer is not None:
+            self._writer.close()
+        self._last = self._progress.read()
+        self._progress.close()
+        exit_ = evidence.decode(code, self._cgroup.oom_kills() - self._oom_before, tuple(self._stderr))
+        log.info("%s pid=%d", exit_.what(), self.pid)
+        self._exit.set_result(exit_)
+        self.on_exit(exit_)
+
+    async def _read_events(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while line := await reader.readline():
+                self._tell(line)
+        except ConnectionError:
+            log.debug("channel of engine pid=%d reset", self.pid)
+        except ValueError:
+            log.error("engine pid=%d sent a line longer than %d bytes: killed", self.pid, MAX_EVENT_BYTES)
+        # Its end of the channel is closed: it is ending, or it cannot be talked to any more.
+        asyncio.get_running_loop().call_later(_SETTLE_SECONDS, self.kill)
+
+    def _tell(self, line: bytes) -> None:
+        try:
+            event = channel.decode_event(line)
+        except ValidationError as error:
+            log.warning("engine pid=%d sent something undecodable: %s", self.pid, str(error).replace("\n", " "))
+            return
+        if isinstance(event, channel.Started):
+            self.started = True
+            log.info("engine started pid=%d device=%s blas=%s", self.pid, event.device, event.blas)
+        elif isinstance(event, channel.Notice):
+            log.log(logging.WARNING if event.level == "warning" else logging.INFO, "engine: %s", event.text)
+        self.on_event(event)
+
+    async def _read_stderr(self, reader: asyncio.StreamReader) -> None:
+        while True:
+            try:
+                line = await reader.readline()
+            except ValueError:  # longer than the stream's limit: that part is dropped
+                continue
+            if not line:
+                return
+            text = line.decode(errors="replace").rstrip()
+            self._stderr.append(text)
+            sys.stderr.write(f"{_ENGINE_LINE}{text}\n")
+
+
+async def spawn(config: Config, cgroup: Cgroup) -> EngineProcess:
+    """Start an engine.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    page = config.state_dir / "progress"
+    page.unlink(missing_ok=True)
+    progress = Progress(page, create=True)
+    ours, theirs = socket.socketpair()
+    read_end, write_end = os.pipe()
+    try:
+        environment = engine_environment(config, cgroup, page, theirs.fileno())
+        child = children.spawn(
+            config.engine_argv, environment=environment, stdout=write_end, stderr=write_end, pass_fds=[theirs.fileno()]
+        )
+    except OSError:
+        ours.close()
+        os.close(read_end)
+        progress.close()
+        raise
+    finally:
+        theirs.close()
+        os.close(write_end)
+    engine = EngineProcess(child, progress, cgroup)
+    reader, writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_EVENT_BYTES)
+    engine.run(reader, writer, await _read_pipe(read_end))
+    return engine
+
+
+def engine_environment(config: Config, cgroup: Cgroup, page: Path, fd: int) -> Mapping[str, str]:
+    """Environment of the engine: ours, its ends of channel and progress page, and BLAS.
+
+    OpenBLAS counts the host's cores, not the quota: without its variable it would start dozens of threads for one CPU.
+    """
+    environment = {
+        **os.environ,
+        channel.FD_VARIABLE: str(fd),
+        channel.PROGRESS_VARIABLE: str(page),
+    }
+    environment.setdefault("OPENBLAS_NUM_THREADS", str(cgroup.cpus()))
+    if config.blas is not None and config.blas.exists():
+        others = environment.get("LD_PRELOAD")
+        environment["LD_PRELOAD"] = f"{config.blas}:{others}" if others else str(config.blas)
+    return environment
+
+
+async def _read_pipe(fd: int) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader(limit=1024 * 1024)
+    pipe = os.fdopen(fd, "rb", buffering=0)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+    return reader

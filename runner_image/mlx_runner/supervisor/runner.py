@@ -1,0 +1,318 @@
+"""One runner: the engine of one epoch, its tasks, its deadlines, and its clean-up.
+
+Everything here is driven by events and never waits, but for the clean-up: that belongs to this runner alone, happens
+once, and whoever asks for it again awaits the same end.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from mlx_operator_api.conditions import Reason
+from mlx_operator_api.names import ring_port
+from mlx_operator_api.runner import RunnerState, TaskName
+from mlx_operator_api.status import LastFailure
+from mlx_operator_api.tasks import ConnectToGroup, CreateRunner, Sharding
+from mlx_runner import channel
+
+from . import evidence, ring
+from .cgroup import quantity
+from .config import Config
+from .engine_process import EngineProcess
+from .machine import Machine, utc_now
+from .requests import Broker
+
+log = logging.getLogger(__name__)
+
+MAX_DIAGNOSTICS = 8
+_LAST_WORDS_SECONDS = 1.0
+"""For an engine that has said why it fails, or was told goodbye by force, to end itself."""
+_RING_POLL_SECONDS = 0.1
+_ANSWERS: dict[type, TaskName] = {
+    channel.Connected: TaskName.CONNECT_TO_GROUP,
+    channel.Loaded: TaskName.LOAD_MODEL,
+    channel.WarmedUp: TaskName.START_WARMUP,
+}
+
+
+class Runner:
+    """The runner of `epoch`. `on_gone` is called once, when its engine is dead and reaped."""
+
+    def __init__(
+        self,
+        epoch: int,
+        facts: CreateRunner,
+        *,
+        config: Config,
+        machine: Machine,
+        broker: Broker,
+        on_gone: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.epoch = epoch
+        self.facts = facts
+        self.engine: EngineProcess | None = None
+        self._config = config
+        self._machine = machine
+        self._broker = broker
+        self._on_gone = on_gone
+        self._deadline: asyncio.TimerHandle | None = None
+        self._cleanup: asyncio.Task[None] | None = None
+        self._ring: asyncio.Task[None] | None = None
+        self._download: asyncio.Task[None] | None = None
+        self._ending = False
+        self._ended = False
+
+    # -- tasks
+    def attach(self, engine: EngineProcess) -> None:
+        """The engine of this runner is there."""
+        self.engine = engine
+        engine.on_event = self._on_event
+        engine.on_exit = self._on_exit
+
+    def connect(self, task: ConnectToGroup) -> None:
+        """Form the group; answered by `Connected`."""
+        seconds = self.facts.deadlines.connect
+        self._command(
+            channel.Connect(
+                epoch=self.epoch,
+                rank=self._config.rank,
+                world_size=self.facts.world_size,
+                sharding=self.facts.sharding,
+                peers=task.peers,
+                listen_host=self._config.listen_host,
+                token=self._config.token,
+                model_digest=self._machine.report.model.digest if self._machine.report.model else None,
+                deadline=seconds,
+            ),
+            seconds,
+            Reason.CONNECT_TIMEOUT,
+        )
+        if self.facts.sharding is Sharding.TENSOR:
+            self._ring = asyncio.create_task(self._watch_ring(), name="ring-port")
+
+    def track(self, download: "asyncio.Task[None]") -> None:
+        """A download of this runner: it ends with it."""
+        self._download = download
+
+    def load(self, path: str) -> None:
+        """Load the shard from a directory; answered by `Loaded`."""
+        serving = self.facts.serving
+        self._command(
+            channel.Load(
+                path=path,
+                served_name=self.facts.served_name,
+                rank=self._config.rank,
+                world_size=self.facts.world_size,
+                sharding=self.facts.sharding,
+                max_concurrent_requests=serving.max_concurrent_requests,
+                max_tokens=serving.max_tokens,
+                context_length=serving.context_length,
+                memory_limit_bytes=self._machine.report.memory_limit_bytes,
+            ),
+            self.facts.deadlines.load,
+            Reason.LOAD_TIMEOUT,
+        )
+
+    def warm_up(self) -> None:
+        """Run the first forward passes; answered by `WarmedUp`."""
+        self._command(channel.Warmup(), self.facts.deadlines.warmup, Reason.WARMUP_TIMEOUT)
+
+    async def shut_down(self, grace_seconds: float) -> None:
+        """End in good order: requests finish within the grace, the engine is told goodbye, or killed; → Shutdown."""
+        self._ending = True
+        self._cancel_deadline()
+        self._broker.pause()
+        grace = min(grace_seconds, self.facts.deadlines.shutdown)
+        if grace > 0 and self.engine is not None and self.engine.alive:
+            try:
+                async with asyncio.timeout(grace):
+                    await self._broker.idle.wait()
+            except TimeoutError:
+                log.info("requests still run after the grace of %g s", grace)
+            await self._say_goodbye()
+        self._broker.lose("the runner was shut down")
+        await self.clean_up()
+        self._machine.ended(self.epoch)
+
+    async def _say_goodbye(self) -> None:
+        """The engine ends itself; rank 0's tells the others by a frame."""
+        if self.engine is None:
+            return
+        self.engine.send(channel.Goodbye())
+        try:
+            async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                await self.engine.wait()
+        except TimeoutError:
+            log.info("the engine did not end within %g s of its goodbye: killed", _LAST_WORDS_SECONDS)
+
+    async def clean_up(self) -> None:
+        """Kill and reap this runner's engine. Idempotent: whoever asks again awaits the same end."""
+        await asyncio.shield(self.retire())
+
+    def retire(self, after: float = 0.0) -> "asyncio.Task[None]":
+        """Start the clean-up and say nothing any more; `after`: seconds for the engine to end itself."""
+        if self._cleanup is None:
+            self._ended = True
+            self._cancel_deadline()
+            if self._ring is not None:
+                self._ring.cancel()
+            self._cleanup = asyncio.create_task(self._clean_up(after), name=f"clean-up-{self.epoch}")
+        return self._cleanup
+
+    async def _clean_up(self, after: float) -> None:
+        if self._download is not None:
+            self._download.cancel()
+            await asyncio.gather(self._download, return_exceptions=True)
+        if self.engine is not None:
+            try:
+                async with asyncio.timeout(after):
+                    await self.engine.wait()
+            except TimeoutError:
+                self.engine.kill()
+                await self.engine.wait()
+        self._on_gone()
+
+    # -- failure
+    def fail(
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        exit_: evidence.Exit | None = None,
+        peer: int | None = None,
+        diagnostics: tuple[str, ...] = (),
+        last_words: float = 0.0,
+    ) -> None:
+        """This runner failed: tell it, fail its requests, kill the engine. Only the first failure counts."""
+        if self._ended:
+            return
+        self._ended = True
+        failure = LastFailure(
+            epoch=self.epoch,
+            time=utc_now(),
+            state=self._machine.state,
+            reason=reason,
+            message=message[:4096],
+            exit_code=exit_.code if exit_ else None,
+            signal=exit_.signal if exit_ else None,
+            diagnostics=tuple(line[: evidence.MAX_LINE] for line in diagnostics[-MAX_DIAGNOSTICS:]),
+        )
+        log.error(f"runner failed: reason={reason} epoch={self.epoch} state={failure.state} peer={peer}: {message}")
+        if self._machine.fail(self.epoch, failure, peer):
+            self._broker.lose(message)
+        self.retire(last_words)
+
+    def _on_exit(self, exit_: evidence.Exit) -> None:
+        if self._ended:
+            return
+        if self._ending or (exit_.code == 0 and self._machine.report.draining):
+            self._broker.lose("the engine ended while the runner was shutting down")
+            return
+        state = self._machine.state
+        if exit_.signal is not None and exit_.oom_kills > 0:
+            limit = self._machine.report.memory_limit_bytes
+            limited = f"memory limit {quantity(limit)}" if limit else "no memory limit"
+            message = f"{exit_.what()} in {state}{self._loading()}, {limited}, oom_kill {exit_.oom_kills}"
+            self.fail(Reason.OUT_OF_MEMORY, message, exit_=exit_, diagnostics=exit_.stderr)
+        elif exit_.code == 0 and self._config.rank > 0 and self._machine.report.group == "present":
+            # A worker's engine ends so by design when rank 0 says goodbye: then rank 0 is where to look.
+            message = f"{exit_.what()} in {state}, as after a goodbye of rank 0"
+            self.fail(Reason.PEER_LOST, message, exit_=exit_, peer=0, diagnostics=exit_.stderr)
+        else:
+            said = evidence.meaningful(exit_.stderr)
+            untold = " without having been told to" if exit_.code == 0 else ""
+            message = f"{exit_.what()} in {state}{self._loading()}{untold}{': ' + said if said else ''}"
+            self.fail(Reason.ENGINE_CRASHED, message, exit_=exit_, diagnostics=exit_.stderr)
+
+    def _loading(self) -> str:
+        report = self._machine.report
+        if report.state is not RunnerState.LOADING or not report.layers_total:
+            return ""
+        return f" at {report.layers_loaded}/{report.layers_total} layers"
+
+    # -- events of the engine
+    def _on_event(self, event: channel.Event) -> None:
+        if self._ended:
+            return
+        match event:
+            case channel.Failure() if self._ending:
+                log.info("failure during the shutdown, a consequence of it: %s", event.message)
+            case channel.Failure():
+                self.fail(
+                    event.reason,
+                    event.message,
+                    peer=event.peer,
+                    diagnostics=event.diagnostics,
+                    last_words=_LAST_WORDS_SECONDS,
+                )
+            case channel.Accepted() | channel.Refused() | channel.Delta() | channel.Finished():
+                self._broker.deliver(event)
+            case channel.WaitingFor():
+                self._machine.note(waiting_for=event.ranks)
+            case channel.LayerLoaded():
+                self._machine.note(layers=event.layers, layers_loaded=event.loaded, layers_total=event.total)
+            case channel.Connected() | channel.Loaded() | channel.WarmedUp():
+                self._answered(event)
+            case channel.Started() | channel.Notice():
+                pass
+
+    def _answered(self, event: channel.Connected | channel.Loaded | channel.WarmedUp) -> None:
+        name = _ANSWERS[type(event)]
+        if self._machine.running(name) is None:
+            log.warning("the engine answered %s, which is not under way: ignored", name)
+            return
+        self._cancel_deadline()
+        match event:
+            case channel.Connected():
+                if self._ring is not None:
+                    self._ring.cancel()
+                self._machine.complete(self.epoch, name, group="present", waiting_for=())
+            case channel.Loaded():
+                if event.note:
+                    log.info("loaded: %s", event.note)
+                total = event.layers_total
+                facts = {"layers": event.layers, "layers_loaded": total, "layers_total": total}
+                self._machine.complete(self.epoch, name, **facts)
+            case channel.WarmedUp():
+                self._machine.complete(self.epoch, name)
+                if self.engine is not None and self._config.rank == 0:
+                    self._broker.open(self.engine.send, self.facts.serving)
+
+    # -- deadlines
+    def _command(self, command: channel.Command, seconds: float, reason: Reason) -> None:
+        if self.engine is None:
+            return
+        self.engine.send(command)
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self._missed, reason, seconds)
+
+    def _missed(self, reason: Reason, seconds: float) -> None:
+        report = self._machine.report
+        match reason:
+            case Reason.CONNECT_TIMEOUT:
+                ranks = ", ".join(f"rank {rank}" for rank in report.waiting_for)
+                missing = f"still waiting for {ranks}" if ranks else "the engine named no rank it waits for"
+                message = f"not connected within {seconds:g} s: {missing}"
+                if self.facts.sharding is Sharding.TENSOR:
+                    message += (
+                        f", ring port {ring_port(self.epoch)} {'listened' if report.ring_listening else 'silent'}"
+                    )
+            case Reason.LOAD_TIMEOUT:
+                message = f"not loaded within {seconds:g} s: {report.layers_loaded}/{report.layers_total or '?'} layers"
+            case _:
+                steps = self.engine.progress.steps if self.engine else 0
+                message = f"warm-up not done within {seconds:g} s, step {steps}"
+        if self.engine is not None and not self.engine.started:
+            message += "; the engine had not started yet"
+        self.fail(reason, message)
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    async def _watch_ring(self) -> None:
+        """The ring closes its listening socket after the first peer, so what was seen once stays true."""
+        # Only the kernel's table tells: there is no event to wait for.
+        while not ring.listens(ring_port(self.epoch), self._config.listen_host):  # noqa: ASYNC110
+            await asyncio.sleep(_RING_POLL_SECONDS)
+        self._machine.note(ring_listening=True)
