@@ -63,6 +63,8 @@ ENV_POD_NAME = "MLX_RUNNER_POD_NAME"
 ENV_POD_UID = "MLX_RUNNER_POD_UID"
 ENV_POD_IP = "MLX_RUNNER_POD_IP"
 ENV_NODE_NAME = "MLX_RUNNER_NODE_NAME"
+ENV_GRACE = "MLX_RUNNER_GRACE_SECONDS"
+"""The pod's terminationGracePeriodSeconds."""
 # With defaults that fit a pod; tests and people on loopback set them.
 ENV_LISTEN_HOST = "MLX_RUNNER_LISTEN_HOST"
 ENV_TOKEN_FILE = "MLX_RUNNER_TOKEN_FILE"  # noqa: S105 (the name of a variable)
