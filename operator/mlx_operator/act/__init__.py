@@ -1,0 +1,1 @@
+"""Effects: the ports to the Kubernetes API and to the runners, and who writes what through them."""

@@ -1,0 +1,172 @@
+"""Performs what a plan says: each action once, and a refused one is data for the next plan."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from mlx_operator.act.kube import Kube, KubeError
+from mlx_operator.act.resources import PODS, SECRETS, SERVICES, Resource
+from mlx_operator.act.tasks import TaskSender
+from mlx_operator.act.tokens import instance_secret
+from mlx_operator.decide.actions import Action, ApplyService, CreatePod, DeletePod, SendTask
+from mlx_operator.decide.observed import Refusal
+from mlx_operator.logs import decision
+from mlx_operator.observe.shelf import Key
+from mlx_operator.observe.store import Store
+
+
+class Actor:
+    """Turns actions into requests.
+
+    Args:
+        answered: told of every object that the API server answers with.
+        later: plans an instance again in so many seconds.
+    """
+
+    def __init__(
+        self,
+        kube: Kube,
+        store: Store,
+        sender: TaskSender,
+        *,
+        token_of: Callable[[str], str],
+        answered: Callable[[Resource, Mapping[str, Any]], None],
+        later: Callable[[Key, float], None],
+        now: Callable[[], datetime],
+    ) -> None:
+        self._kube = kube
+        self._store = store
+        self._sender = sender
+        self._token_of = token_of
+        self._answered = answered
+        self._later = later
+        self._now = now
+
+    async def perform(self, key: Key, instance: Mapping[str, Any], actions: Iterable[Action]) -> None:
+        """Perform all; one that fails keeps none of the others from being tried.
+
+        Raises:
+            KubeError: at least one may succeed when it is planned again.
+        """
+        failed: KubeError | None = None
+        secrets: set[str] = set()
+        for action in actions:
+            try:
+                await self._perform(key, instance, action, secrets)
+            except KubeError as error:
+                what = f"{type(action).__name__} failed"
+                decision(what, level=logging.WARNING, instance=key, child=_name(action), error=error)
+                failed = error
+        if failed is not None:
+            raise failed
+
+    async def _perform(self, key: Key, instance: Mapping[str, Any], action: Action, secrets: set[str]) -> None:
+        match action:
+            case SendTask():
+                self._sender.send(key, action)
+            case DeletePod():
+                await self._delete_pod(key, action)
+            case CreatePod():
+                await self._create(key, instance, action, secrets)
+            case ApplyService():
+                await self._create(key, instance, action, secrets)
+
+    async def _delete_pod(self, key: Key, action: DeletePod) -> None:
+        try:
+            answer = await self._kube.delete(
+                PODS, key.namespace, action.name, uid=action.uid, grace_seconds=action.grace_seconds
+            )
+        except KubeError as error:
+            if error.status not in (404, 409):  # gone, or another pod under its name: this one is gone
+                raise
+            return
+        decision("pod deleted", instance=key, pod=action.name, why=action.why, grace_seconds=action.grace_seconds)
+        if answer.get("kind") == PODS.kind:
+            self._answered(PODS, answer)
+
+    async def _create(
+        self, key: Key, instance: Mapping[str, Any], action: CreatePod | ApplyService, secrets: set[str]
+    ) -> None:
+        """Create a child; a refusal is kept for the next plan and tried again when its back-off is over."""
+        wait = self._store.refusals.wait(key, action.name, action.manifest, self._now())
+        if wait > 0:
+            self._later(key, wait)
+            return
+        try:
+            if isinstance(action, CreatePod):
+                await self._secret(key, instance, action.secret, secrets)
+                await self._create_pod(key, instance, action)
+            else:
+                await self._apply_service(key, instance, action)
+        except KubeError as error:
+            if error.transient:
+                raise
+            refusal = Refusal(error.status, error.message, self._now())
+            self._store.refusals.note(key, action.name, action.manifest, refusal)
+            decision("child refused", level=logging.WARNING, instance=key, child=action.name, error=error)
+            self._later(key, 0.0)  # the refusal belongs into status
+        else:
+            self._store.refusals.clear(key, action.name)
+
+    async def _secret(self, key: Key, instance: Mapping[str, Any], name: str, done: set[str]) -> None:
+        if name in done:
+            return
+        try:
+            body = instance_secret(instance, name, self._token_of(instance["metadata"]["uid"]))
+            await self._kube.create(SECRETS, key.namespace, body)
+        except KubeError as error:
+            # Its name holds the uid and the key: who else made it made the same.
+            if error.status != 409:
+                raise
+        else:
+            decision("secret created", instance=key, secret=name)
+        done.add(name)
+
+    async def _create_pod(self, key: Key, instance: Mapping[str, Any], action: CreatePod) -> None:
+        try:
+            pod = await self._kube.create(PODS, key.namespace, action.manifest)
+        except KubeError as error:
+            if error.status != 409 or error.reason != "AlreadyExists":
+                raise
+            pod = await self._kube.get(PODS, key.namespace, action.name)
+            _require_ours(pod, instance, PODS)
+        else:
+            decision("pod created", instance=key, pod=action.name, rank=action.rank)
+        self._answered(PODS, pod)
+
+    async def _apply_service(self, key: Key, instance: Mapping[str, Any], action: ApplyService) -> None:
+        known = self._store.service(key)
+        if known is None:
+            try:
+                known = await self._kube.get(SERVICES, key.namespace, action.name)
+            except KubeError as error:
+                if error.status != 404:
+                    raise
+        body = dict(action.manifest)
+        if known is not None:
+            _require_ours(known, instance, SERVICES)
+            # The uid is a precondition: a namesake that somebody makes meanwhile is not taken over.
+            body["metadata"] = {**body["metadata"], "uid": known["metadata"]["uid"]}
+        service = await self._kube.apply(SERVICES, key.namespace, action.name, body, force=known is not None)
+        decision("service applied", instance=key, service=action.name)
+        self._answered(SERVICES, service)
+
+
+def owned(child: Mapping[str, Any], instance: Mapping[str, Any]) -> bool:
+    """The child's controller is this very instance."""
+    owners = child["metadata"].get("ownerReferences") or ()
+    return any(owner.get("controller") and owner.get("uid") == instance["metadata"]["uid"] for owner in owners)
+
+
+def _require_ours(child: Mapping[str, Any], instance: Mapping[str, Any], resource: Resource) -> None:
+    if owned(child, instance):
+        return
+    owner = next(iter(child["metadata"].get("ownerReferences") or ()), None)
+    whose = f"{owner['kind']} {owner['name']} (uid {owner['uid']})" if owner else "nobody that it names"
+    name = child["metadata"]["name"]
+    raise KubeError(409, "Foreign", f"{resource.kind} {name} exists and belongs to {whose}")
+
+
+def _name(action: Action) -> str:
+    return action.pod if isinstance(action, SendTask) else action.name

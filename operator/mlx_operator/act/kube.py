@@ -1,0 +1,221 @@
+"""The port to the Kubernetes API: a few verbs that speak dicts, over the raw request path of `kubernetes.aio`.
+
+The typed calls of the client are avoided: they validate bodies against models that reject valid pods, and the calls
+without preloading never raise. Here every answer's status is checked and every failure is a `KubeError`.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import aiohttp
+from kubernetes.aio import client, config
+
+from mlx_operator.act.resources import Resource
+from mlx_operator_api import names
+
+Manifest = dict[str, Any]
+REQUEST_SECONDS = 10.0
+LIST_SECONDS = 30.0
+PAGE = 500
+MAX_MESSAGE = 300
+_MERGE_PATCH = "application/merge-patch+json"
+_APPLY_PATCH = "application/apply-patch+yaml"
+# An apply of a malformed object is answered 500, not 422: a repetition cannot help.
+_MALFORMED_APPLY = "failed to create typed patch object"
+
+
+class KubeError(Exception):
+    """A request that did not succeed.
+
+    `status` is the HTTP status (0: no answer came), `reason` the API's word such as `AlreadyExists`, `message` its
+    text of at most 300 characters.
+    """
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        self.status = status
+        self.reason = reason
+        self.message = message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 1] + "…"
+        super().__init__(f"{status} {reason}: {self.message}")
+
+    @property
+    def ambiguous(self) -> bool:
+        """The request may have been carried out although no success was answered."""
+        return self.status == 0 or self.status >= 500
+
+    @property
+    def transient(self) -> bool:
+        """The same request may succeed later, whatever anybody does (the one place that says so)."""
+        return self.ambiguous or self.status in (401, 408, 429)
+
+
+class RequestObserver(Protocol):
+    """Told of every request that was answered or failed (metrics)."""
+
+    def __call__(self, verb: str, resource: str, status: int) -> None:
+        """`verb` as in RBAC, `resource` as plural[/subresource], `status` as in `KubeError`."""
+
+
+async def configuration(kubeconfig: str | None) -> client.Configuration:
+    """Where the API server is and who we are: a kubeconfig file, or the pod's service account where it is None.
+
+    Raises:
+        kubernetes.aio.config.ConfigException: neither is usable.
+    """
+    settings = client.Configuration()
+    settings.retries = None  # the work queue retries
+    if kubeconfig is None:
+        config.load_incluster_config(client_configuration=settings)
+    else:
+        await config.load_kube_config(kubeconfig, client_configuration=settings)
+    return settings
+
+
+class Kube:
+    """The verbs. Manifests in, manifests out; `KubeError` for everything that goes wrong."""
+
+    def __init__(self, settings: client.Configuration, observer: RequestObserver | None = None) -> None:
+        self._api = client.ApiClient(settings)
+        self._observer = observer
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._api.close()
+
+    async def list(
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        *,
+        labels: str | None = None,
+        fields: str | None = None,
+        seconds: float = LIST_SECONDS,
+    ) -> tuple[list[Manifest], str]:
+        """All objects, page by page, and the resourceVersion at which the whole list was true.
+
+        Items carry no `kind` (the API leaves it out). `seconds` bounds each page. An expired page is `KubeError` 410.
+        """
+        items: list[Manifest] = []
+        query = {"labelSelector": labels, "fieldSelector": fields, "limit": str(PAGE), "continue": None}
+        while True:
+            page = await self._request("list", resource, namespace, query=query, seconds=seconds)
+            if not str(page.get("kind", "")).endswith("List"):
+                raise KubeError(0, "NotAList", f"{resource.plural}: the answer has kind {page.get('kind')!r}")
+            items += page.get("items") or ()
+            meta = page.get("metadata") or {}
+            query["continue"] = meta.get("continue") or None
+            if query["continue"] is None:
+                return items, str(meta.get("resourceVersion", ""))
+
+    async def get(
+        self, resource: Resource, namespace: str | None, name: str, *, seconds: float = REQUEST_SECONDS
+    ) -> Manifest:
+        """One object."""
+        return await self._request("get", resource, namespace, name, seconds=seconds)
+
+    async def create(
+        self, resource: Resource, namespace: str | None, body: Mapping[str, Any], *, seconds: float = REQUEST_SECONDS
+    ) -> Manifest:
+        """POST; 409 `AlreadyExists` where the name is taken."""
+        return await self._request("create", resource, namespace, body=body, query=_WRITER, seconds=seconds)
+
+    async def replace(
+        self,
+        resource: Resource,
+        namespace: str | None,
+        name: str,
+        body: Mapping[str, Any],
+        *,
+        seconds: float = REQUEST_SECONDS,
+    ) -> Manifest:
+        """PUT; 409 `Conflict` where `metadata.resourceVersion` of the body is not the present one."""
+        return await self._request("update", resource, namespace, name, body=body, query=_WRITER, seconds=seconds)
+
+    async def merge_patch(
+        self,
+        resource: Resource,
+        namespace: str | None,
+        name: str,
+        body: Mapping[str, Any],
+        *,
+        subresource: str | None = None,
+    ) -> Manifest:
+        """Merge patch: null removes, lists are replaced whole, `metadata.resourceVersion` makes it optimistic."""
+        query = {**_WRITER, "fieldValidation": "Strict"}
+        return await self._request(
+            "patch", resource, namespace, name, subresource, body=body, query=query, content=_MERGE_PATCH
+        )
+
+    async def apply(
+        self, resource: Resource, namespace: str | None, name: str, body: Mapping[str, Any], *, force: bool
+    ) -> Manifest:
+        """Server-side apply; without `force` a field that somebody else manages is a 409."""
+        query = {**_WRITER, "force": "true" if force else "false"}
+        try:
+            return await self._request("patch", resource, namespace, name, body=body, query=query, content=_APPLY_PATCH)
+        except KubeError as error:
+            if error.status == 500 and _MALFORMED_APPLY in error.message:
+                raise KubeError(422, "Invalid", error.message) from error
+            raise
+
+    async def delete(
+        self, resource: Resource, namespace: str | None, name: str, *, uid: str, grace_seconds: int | None = None
+    ) -> Manifest:
+        """DELETE of this very object (another uid under the name is a 409); the object as it is now, or a Status."""
+        body: Manifest = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
+        if grace_seconds is not None:
+            body["gracePeriodSeconds"] = grace_seconds
+        return await self._request("delete", resource, namespace, name, body=body)
+
+    async def _request(
+        self,
+        verb: str,
+        resource: Resource,
+        namespace: str | None,
+        name: str | None = None,
+        subresource: str | None = None,
+        *,
+        body: Mapping[str, Any] | None = None,
+        query: Mapping[str, str | None] | None = None,
+        content: str = "application/json",
+        seconds: float = REQUEST_SECONDS,
+    ) -> Manifest:
+        status = 0
+        try:
+            arguments = await self._api.param_serialize(
+                _METHODS[verb],
+                resource.path(namespace, name, subresource),
+                query_params=[(key, value) for key, value in (query or {}).items() if value is not None],
+                header_params={"Accept": "application/json", "Content-Type": content},
+                body=body,
+                auth_settings=["BearerToken"],
+            )
+            response = await self._api.call_api(*arguments, _request_timeout=seconds)
+            status = response.status
+            data = await response.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            status = 0
+            raise KubeError(0, type(error).__name__, str(error) or f"no answer within {seconds:g} s") from error
+        finally:
+            if self._observer is not None:
+                kind = resource.plural if subresource is None else f"{resource.plural}/{subresource}"
+                self._observer(verb, kind, status)
+        return _answer(status, data)
+
+
+_METHODS = {"list": "GET", "get": "GET", "create": "POST", "update": "PUT", "patch": "PATCH", "delete": "DELETE"}
+_WRITER: Mapping[str, str | None] = {"fieldManager": names.FIELD_MANAGER}
+
+
+def _answer(status: int, data: bytes) -> Manifest:
+    try:
+        parsed = json.loads(data)
+    except ValueError:
+        parsed = None
+    if 200 <= status < 300:
+        if isinstance(parsed, dict):
+            return parsed
+        raise KubeError(0, "NotJSON", f"the answer is no JSON object: {data[:80]!r}")
+    if isinstance(parsed, dict):
+        raise KubeError(status, str(parsed.get("reason") or "Error"), str(parsed.get("message") or ""))
+    raise KubeError(status, "Error", data[:MAX_MESSAGE].decode(errors="replace"))

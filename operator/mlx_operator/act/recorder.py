@@ -1,0 +1,147 @@
+"""Records Events (events.k8s.io/v1): beside the reconcile, under names that sort, repeats folded into a series."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from mlx_operator.act.kube import Kube, KubeError, Manifest
+from mlx_operator.act.resources import EVENTS, INSTANCES, PODS
+from mlx_operator.decide.actions import Notice
+from mlx_operator.logs import decision
+from mlx_operator.metrics import Metrics
+from mlx_operator_api import names
+
+MAX_NOTE_BYTES = 1024
+_MAX_INSTANCE = 128
+_WAITING = 1000
+_ATTEMPTS = 5
+_FIRST_RETRY_SECONDS = 0.5
+_FLUSH_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    namespace: str
+    body: Manifest
+    about: Mapping[str, Any]
+
+
+class Recorder:
+    """A bounded queue and one task that posts from it; a reconcile never waits for an Event and never fails by one."""
+
+    def __init__(self, kube: Kube, *, reporter: str, metrics: Metrics) -> None:
+        self._kube = kube
+        self._reporter = reporter[:_MAX_INSTANCE]
+        self._metrics = metrics
+        self._waiting: asyncio.Queue[_Pending] = asyncio.Queue(_WAITING)
+
+    def emit(self, instance: Mapping[str, Any], notice: Notice, now: datetime) -> None:
+        """Queue an Event; the oldest one is dropped where too many wait."""
+        body = event(instance, notice, now, self._reporter)
+        metadata = instance["metadata"]
+        about: dict[str, Any] = {"instance": f"{metadata['namespace']}/{metadata['name']}", "epoch": notice.epoch}
+        about |= {"rank": notice.rank, "reason": notice.reason}
+        decision("event", **about, type=notice.type, note=body["note"])
+        if self._waiting.full():
+            dropped = self._waiting.get_nowait()
+            self._waiting.task_done()
+            self._metrics.events_dropped.inc()
+            decision("event dropped: too many wait", level=logging.WARNING, **dropped.about)
+        self._waiting.put_nowait(_Pending(metadata["namespace"], body, about))
+
+    async def run(self) -> None:
+        """Post until cancelled."""
+        while True:
+            pending = await self._waiting.get()
+            try:
+                await self._post(pending)
+            finally:
+                self._waiting.task_done()
+
+    async def flush(self) -> None:
+        """Give what waits a short time to be posted (a clean stop)."""
+        try:
+            await asyncio.wait_for(self._waiting.join(), _FLUSH_SECONDS)
+        except TimeoutError:
+            decision("events dropped at the stop", level=logging.WARNING, count=self._waiting.qsize())
+
+    async def _post(self, pending: _Pending) -> None:
+        delay = _FIRST_RETRY_SECONDS
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                await self._record(pending)
+            except KubeError as error:
+                if attempt == _ATTEMPTS or not error.transient:
+                    self._metrics.events_dropped.inc()
+                    decision("event not recorded", level=logging.WARNING, error=error, **pending.about)
+                    return
+                await asyncio.sleep(delay)
+                delay *= 2
+            else:
+                return
+
+    async def _record(self, pending: _Pending) -> None:
+        try:
+            await self._kube.create(EVENTS, pending.namespace, pending.body)
+        except KubeError as error:
+            if error.status != 409:
+                raise
+            await self._repeat(pending)
+
+    async def _repeat(self, pending: _Pending) -> None:
+        """The name is taken: count the repeat, unless it is our own earlier attempt that had been carried out."""
+        name = pending.body["metadata"]["name"]
+        known = await self._kube.get(EVENTS, pending.namespace, name)
+        time = pending.body["eventTime"]
+        series = known.get("series") or {}
+        if time in (known.get("eventTime"), series.get("lastObservedTime")):
+            return
+        # The API asks for at least 2, and everything else of an Event is immutable.
+        patch = {"series": {"count": int(series.get("count") or 1) + 1, "lastObservedTime": time}}
+        await self._kube.merge_patch(EVENTS, pending.namespace, name, patch)
+
+
+def event(instance: Mapping[str, Any], notice: Notice, now: datetime, reporter: str) -> Manifest:
+    """The Event of a notice. Its name sorts by epoch and step of the lifecycle: describe lists Events by name."""
+    metadata = instance["metadata"]
+    rank = "" if notice.rank is None else f".r{notice.rank}"
+    name = f"{metadata['name']}.{metadata['uid'][:8]}.e{notice.epoch:04d}.{notice.reason.ordinal:03d}"
+    body: Manifest = {
+        "apiVersion": EVENTS.api_version,
+        "kind": EVENTS.kind,
+        "metadata": {"name": f"{name}.{notice.reason.lower()}{rank}", "namespace": metadata["namespace"]},
+        "type": notice.type,
+        "reason": notice.reason,
+        "action": notice.action,
+        "note": cut(notice.note),
+        "eventTime": now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "reportingController": names.CONTROLLER,
+        "reportingInstance": reporter,
+        "regarding": _reference(INSTANCES.api_version, INSTANCES.kind, metadata["name"], metadata),
+    }
+    if notice.related is not None:
+        pod, uid = notice.related
+        body["related"] = _reference(PODS.api_version, PODS.kind, pod, {**metadata, "uid": uid})
+    return body
+
+
+def cut(note: str) -> str:
+    """At most 1024 bytes (the API counts bytes), ending on a whole character."""
+    data = note.encode()
+    if len(data) <= MAX_NOTE_BYTES:
+        return note
+    mark = "…"
+    return data[: MAX_NOTE_BYTES - len(mark.encode())].decode(errors="ignore") + mark
+
+
+def _reference(api_version: str, kind: str, name: str, metadata: Mapping[str, Any]) -> Manifest:
+    return {
+        "apiVersion": api_version,
+        "kind": kind,
+        "name": name,
+        "namespace": metadata["namespace"],
+        "uid": metadata["uid"],
+    }

@@ -1,0 +1,186 @@
+"""Leadership through a coordination.k8s.io Lease, with the rules of client-go's leader election.
+
+A candidate takes over a Lease that its holder gave back, or that did not change for its duration by our own
+monotonic clock (clocks of other machines are never trusted). A leader that could not renew for the renew deadline has
+lost, also while a request hangs. Each new leadership counts `leaseTransitions` up; the runners refuse tasks of a
+lower count.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from mlx_operator.act.kube import Kube, KubeError, Manifest
+from mlx_operator.act.resources import LEASES
+from mlx_operator.logs import decision
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds: how long a silent leader keeps the Lease, gives up itself, waits between tries, waits for an answer."""
+
+    duration: float = 10.0
+    renew_deadline: float = 7.0
+    retry: float = 2.0
+    request: float = 3.0
+
+
+class Lease:
+    """One candidate.
+
+    Args:
+        identity: differs for every process.
+        now: the wall clock, for the times that people read.
+    """
+
+    def __init__(
+        self, kube: Kube, namespace: str, name: str, identity: str, *, now: Callable[[], datetime], timing: Timing
+    ) -> None:
+        self._kube = kube
+        self._namespace = namespace
+        self._name = name
+        self._identity = identity
+        self._now = now
+        self._timing = timing
+        self._lease: Manifest | None = None
+        self._seen: tuple[str, float] = ("", 0.0)
+        self.readable = False
+        """The last try to read the Lease succeeded: a standby that could take over."""
+
+    async def acquire(self) -> int:
+        """Wait until we lead; returns our `leaseTransitions`, which no earlier leader had."""
+        told = ""
+        while True:
+            try:
+                held_by = await self._try()
+                self.readable = True
+            except KubeError as error:
+                self.readable = False
+                held_by = ""
+                decision("the Lease cannot be taken", level=logging.WARNING, error=error)
+            if held_by == self._identity and self._lease is not None:
+                transitions = int(self._lease["spec"]["leaseTransitions"])
+                decision("leading", identity=self._identity, lease_transitions=transitions)
+                return transitions
+            if held_by != told:
+                decision("standing by", leader=held_by or None)
+                told = held_by
+            await asyncio.sleep(self._timing.retry)
+
+    async def hold(self, lost: Callable[[str], None]) -> None:
+        """Renew until cancelled, or until leadership is lost: then `lost` is called with the reason, once.
+
+        The deadline is a timer of the event loop: it comes due although a request hangs.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.call_later(self._timing.renew_deadline, lost, self._too_late())
+        try:
+            while True:
+                await asyncio.sleep(self._timing.retry)
+                began = loop.time()
+                try:
+                    await self._renew()
+                except KubeError as error:
+                    decision("the Lease was not renewed", level=logging.WARNING, error=error)
+                    if error.status == 409 and (holder := await self._holder()) not in (None, self._identity):
+                        deadline.cancel()
+                        lost(f"{holder or 'nobody'} holds the Lease")
+                        return
+                    continue
+                deadline.cancel()
+                # From before the request: that is what the others may go by.
+                deadline = loop.call_at(began + self._timing.renew_deadline, lost, self._too_late())
+        finally:
+            deadline.cancel()
+
+    async def release(self) -> None:
+        """Give the Lease back, so that a standby need not wait; best effort."""
+        if self._lease is None:
+            return
+        spec = {**self._lease["spec"], "holderIdentity": "", "renewTime": self._stamp(), "leaseDurationSeconds": 1}
+        try:
+            await self._put(spec)
+            decision("lease released", identity=self._identity)
+        except KubeError as error:
+            decision("the Lease was not released", level=logging.WARNING, error=error)
+
+    async def _try(self) -> str:
+        """Read the Lease and take it if it is free; returns its holder then."""
+        try:
+            lease = await self._read()
+        except KubeError as error:
+            if error.status != 404:
+                raise
+            return await self._first()
+        self._lease = lease
+        holder = str(lease.get("spec", {}).get("holderIdentity") or "")
+        if holder and not self._expired(lease):
+            return holder
+        transitions = int(lease["spec"].get("leaseTransitions") or 0) + 1
+        try:
+            await self._put(self._spec(transitions))
+        except KubeError as error:
+            if error.status != 409:
+                raise
+            return ""  # somebody was faster
+        return self._identity
+
+    async def _first(self) -> str:
+        body = {
+            "apiVersion": LEASES.api_version,
+            "kind": LEASES.kind,
+            "metadata": {"name": self._name, "namespace": self._namespace},
+            "spec": self._spec(1),
+        }
+        try:
+            self._lease = await self._kube.create(LEASES, self._namespace, body, seconds=self._timing.request)
+        except KubeError as error:
+            if error.status != 409:
+                raise
+            return ""
+        return self._identity
+
+    def _expired(self, lease: Manifest) -> bool:
+        version, now = lease["metadata"]["resourceVersion"], asyncio.get_running_loop().time()
+        if self._seen[0] != version:
+            self._seen = (version, now)
+        duration = float(lease["spec"].get("leaseDurationSeconds") or self._timing.duration)
+        return now - self._seen[1] > duration
+
+    async def _renew(self) -> None:
+        spec = self._lease["spec"] if self._lease is not None else {}
+        await self._put({**spec, "renewTime": self._stamp()})
+
+    async def _holder(self) -> str | None:
+        """Who holds it; None when that cannot be read. Our own record is brought up to date."""
+        try:
+            self._lease = await self._read()
+        except KubeError:
+            return None
+        return str(self._lease["spec"].get("holderIdentity") or "")
+
+    async def _read(self) -> Manifest:
+        return await self._kube.get(LEASES, self._namespace, self._name, seconds=self._timing.request)
+
+    async def _put(self, spec: dict[str, Any]) -> None:
+        body = {**(self._lease or {}), "spec": spec}
+        self._lease = await self._kube.replace(LEASES, self._namespace, self._name, body, seconds=self._timing.request)
+
+    def _spec(self, transitions: int) -> dict[str, Any]:
+        stamp = self._stamp()
+        return {
+            "holderIdentity": self._identity,
+            "leaseDurationSeconds": max(1, round(self._timing.duration)),
+            "acquireTime": stamp,
+            "renewTime": stamp,
+            "leaseTransitions": transitions,
+        }
+
+    def _stamp(self) -> str:
+        return self._now().strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+    def _too_late(self) -> str:
+        return f"the Lease was not renewed for {self._timing.renew_deadline:g} s"

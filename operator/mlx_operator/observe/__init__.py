@@ -1,0 +1,1 @@
+"""Observation: watches, report streams, sweeps and the store that they feed."""

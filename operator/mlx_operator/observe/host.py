@@ -1,0 +1,118 @@
+"""kopf as the process host: its watches feed the store, and that is all it does here.
+
+Only `on.event` handlers are used, and no storage, finalizer, patch or posting of kopf's: its high-level handlers are
+not level-triggered, and its indices lose deletions when a watch starts over.
+"""
+
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import kopf
+
+from mlx_operator.act.resources import INSTANCES, NODES, PODS, SERVICES, Resource
+from mlx_operator.observe.sweep import Scope
+from mlx_operator_api import names
+
+Event = Callable[[Resource, str | None, dict[str, Any]], None]
+Login = Callable[[], Awaitable[kopf.ConnectionInfo]]
+_BACKOFF_FIRST = 0.2
+_BACKOFF_CAP = 5.0
+
+
+class _NoDiff(kopf.DiffBaseStorage):
+    """Legal because no state-changing handler is registered; saves deep copies of every object."""
+
+    def build(self, *, body: Any, extra_fields: Any = None) -> Any:
+        return {}
+
+    def fetch(self, *, body: Any) -> None:
+        return None
+
+    def store(self, *, body: Any, patch: Any, essence: Any) -> None:
+        return None
+
+
+class _NoProgress(kopf.ProgressStorage):
+    def fetch(self, *, key: str, body: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        return None
+
+    def purge(self, **_: Any) -> None:
+        return None
+
+    def touch(self, **_: Any) -> None:
+        return None
+
+    def clear(self, *, essence: Any) -> Any:
+        return essence
+
+
+class _Forever:
+    """Back-off of the watches: endless, so that an outage of the API server is no reason to exit."""
+
+    def __iter__(self) -> Iterator[float]:
+        delay = _BACKOFF_FIRST
+        while True:
+            yield delay * random.uniform(0.8, 1.2)  # noqa: S311 (jitter is no secret)
+            delay = min(delay * 2, _BACKOFF_CAP)
+
+
+def settings() -> kopf.OperatorSettings:
+    """Kopf's settings; docs/architecture.md says why each differs from its default."""
+    chosen = kopf.OperatorSettings()
+    chosen.peering.standalone = True  # a Lease of our own: kopf's peering is not fenced
+    chosen.scanning.disabled = True  # needs permissions on CRDs and namespaces; the start barrier checks them once
+    chosen.posting.enabled = False
+    chosen.persistence.diffbase_storage = _NoDiff()
+    chosen.persistence.progress_storage = _NoProgress()
+    chosen.watching.server_timeout = 300
+    chosen.watching.client_timeout = 310
+    chosen.watching.connect_timeout = 10
+    chosen.watching.label_selectors[PODS.plural] = names.INSTANCE_LABEL
+    chosen.watching.label_selectors[SERVICES.plural] = names.INSTANCE_LABEL
+    chosen.networking.request_timeout = 30
+    chosen.networking.connect_timeout = 5
+    chosen.networking.error_backoffs = _Forever()
+    chosen.queueing.idle_timeout = 1
+    chosen.process.ultimate_exiting_timeout = 25
+    return chosen
+
+
+def registry(scope: Scope, event: Event, login: Login, cleanup: Callable[[], Awaitable[None]]) -> kopf.OperatorRegistry:
+    """The handlers: one per watched kind, the login, and `cleanup` when kopf has stopped watching."""
+    handlers = kopf.OperatorRegistry()
+    kinds = [INSTANCES, PODS, SERVICES] + ([NODES] if scope.watches_nodes else [])
+    for resource in kinds:
+        _feed(handlers, resource, event)
+
+    @kopf.on.login(registry=handlers)
+    async def _login(**_: Any) -> kopf.ConnectionInfo:
+        return await login()
+
+    @kopf.on.cleanup(registry=handlers)
+    async def _cleanup(**_: Any) -> None:
+        await cleanup()
+
+    return handlers
+
+
+def _feed(handlers: kopf.OperatorRegistry, resource: Resource, feed: Event) -> None:
+    # The core group is named explicitly: without it kopf discovers every group of the API.
+    @kopf.on.event(resource.group, resource.version, resource.plural, registry=handlers, id=f"feed-{resource.plural}")
+    async def _on_event(event: Any, **_: Any) -> None:
+        feed(resource, event["type"], event["object"])
+
+
+async def watch(handlers: kopf.OperatorRegistry, scope: Scope, ready: Any) -> None:
+    """Watch until SIGTERM, SIGINT or an error that kopf cannot get over; `ready` is set once the watches begin."""
+    await kopf.operator(
+        registry=handlers,
+        settings=settings(),
+        standalone=True,
+        clusterwide=not scope.namespaces,
+        namespaces=scope.namespaces,
+        ready_flag=ready,
+    )

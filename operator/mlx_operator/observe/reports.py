@@ -1,0 +1,165 @@
+"""Report streams: one task per pod whose container runs, for as long as it does."""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from datetime import datetime
+
+import aiohttp
+from pydantic import ValidationError
+
+from mlx_operator.act.runner import RunnerError, RunnerPort, describe, first_error
+from mlx_operator.decide.observed import RunnerView
+from mlx_operator.logs import decision
+from mlx_operator.metrics import Metrics
+from mlx_operator.observe.runners import Urgency, address, receive, stranger
+from mlx_operator.observe.shelf import Key
+from mlx_operator.observe.store import Store
+from mlx_operator_api import names
+from mlx_operator_api.tasks import RunnerReport
+
+FIRST_RETRY_SECONDS = 0.2
+LONGEST_RETRY_SECONDS = 2.0
+Changed = Callable[[Key, Urgency], None]
+
+
+class ReportStreams:
+    """Keeps `Store.view` of every running pod up to date.
+
+    Args:
+        store: told of every report; says where the pods are.
+        port: speaks to the supervisors.
+        token_of: bearer token of an instance's uid.
+        changed: called with each instance that has to be planned again.
+        now: the wall clock.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        port: RunnerPort,
+        *,
+        token_of: Callable[[str], str],
+        changed: Changed,
+        now: Callable[[], datetime],
+        metrics: Metrics,
+    ) -> None:
+        self._store = store
+        self._port = port
+        self._token_of = token_of
+        self._changed = changed
+        self._now = now
+        self._metrics = metrics
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._wake: dict[str, asyncio.Event] = {}
+
+    def pod_changed(self, uid: str) -> None:
+        """Start, hurry or end the stream of a pod."""
+        if address(self._store.pod(uid)) is None:
+            self._end(uid)
+        elif uid in self._tasks:
+            self._wake[uid].set()
+        else:
+            self._wake[uid] = asyncio.Event()
+            task = asyncio.create_task(self._follow(uid), name=f"reports of pod {uid}")
+            task.add_done_callback(lambda done: self._ended(uid, done))
+            self._tasks[uid] = task
+
+    async def close(self) -> None:
+        """End all streams."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        self._tasks.clear()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _end(self, uid: str) -> None:
+        task = self._tasks.pop(uid, None)
+        self._wake.pop(uid, None)
+        if task is not None:
+            task.cancel()
+            self._lost(uid, "the container does not run")
+
+    def _ended(self, uid: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(uid) is task:
+            del self._tasks[uid]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._metrics.bugs.inc()
+            decision("bug in a report stream", level=logging.ERROR, error=error, traceback=True, pod_uid=uid)
+
+    async def _follow(self, uid: str) -> None:
+        delay = FIRST_RETRY_SECONDS
+        while (pod := self._store.pod(uid)) is not None and (ip := address(pod)) is not None:
+            token = self._token_of((pod["metadata"].get("labels") or {}).get(names.INSTANCE_UID_LABEL, ""))
+            why = await self._read(uid, ip, token)
+            delay = FIRST_RETRY_SECONDS if self._store.view(uid).connected else delay
+            self._lost(uid, why)
+            self._wake[uid].clear()
+            # Jitter: the streams of a node that went away do not all come back at one instant.
+            pause = delay * random.uniform(0.8, 1.2)  # noqa: S311 (jitter is no secret)
+            try:
+                await asyncio.wait_for(self._wake[uid].wait(), pause)
+            except TimeoutError:
+                delay = min(delay * 2, LONGEST_RETRY_SECONDS)
+
+    async def _read(self, uid: str, ip: str, token: str) -> str:
+        """Read the stream until it ends; returns why."""
+        try:
+            async with self._port.reports(ip, token) as lines:
+                self._metrics.streams.inc()
+                try:
+                    return await self._lines(uid, lines)
+                finally:
+                    self._metrics.streams.dec()
+        except RunnerError as error:
+            return str(error)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            return describe(error)
+        except ValueError as error:
+            return f"the report stream cannot be read: {describe(error)}"
+
+    async def _lines(self, uid: str, lines: AsyncIterator[bytes]) -> str:
+        async for line in lines:
+            try:
+                report = RunnerReport.model_validate_json(line)
+            except ValidationError as error:
+                self._undecodable(uid, first_error(error))
+                continue
+            pod = self._store.pod(uid)
+            if pod is None:
+                return "the pod is gone"
+            if (why := stranger(pod, report)) is not None:
+                return why
+            view, urgency = receive(self._store.view(uid), report, self._now(), stream=True)
+            self._keep(uid, view, urgency)
+        return "the supervisor ended the stream"
+
+    def _undecodable(self, uid: str, why: str) -> None:
+        view = self._store.view(uid)
+        text = f"report cannot be decoded: {why}"
+        urgency = Urgency.NONE if view.undecodable and view.error == text else Urgency.AT_ONCE
+        if urgency is Urgency.AT_ONCE:
+            decision("undecodable report", instance=self._instance(uid), pod_uid=uid, why=why)
+        changed = replace(view, connected=True, received=self._now(), error=text, undecodable=True)
+        self._keep(uid, changed, urgency)
+
+    def _lost(self, uid: str, why: str) -> None:
+        view = self._store.view(uid)
+        if not view.connected and view.error == why:
+            return
+        if view.connected:
+            decision("report stream lost", instance=self._instance(uid), pod_uid=uid, why=why)
+        self._keep(uid, replace(view, connected=False, error=why), Urgency.AT_ONCE)
+
+    def _keep(self, uid: str, view: RunnerView, urgency: Urgency) -> None:
+        for key in self._store.set_view(uid, view):
+            if urgency is not Urgency.NONE:
+                self._changed(key, urgency)
+
+    def _instance(self, uid: str) -> str | None:
+        pod = self._store.pod(uid)
+        if pod is None:
+            return None
+        return f"{pod['metadata']['namespace']}/{(pod['metadata'].get('labels') or {}).get(names.INSTANCE_LABEL)}"

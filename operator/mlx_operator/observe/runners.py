@@ -1,0 +1,78 @@
+"""What a report changes: which one is newer, and who has to plan again because of it."""
+
+from dataclasses import replace
+from datetime import datetime
+from enum import Enum
+
+from mlx_operator.decide.observed import RunnerView
+from mlx_operator.observe.shelf import Manifest
+from mlx_operator_api import names
+from mlx_operator_api.runner import SERVING
+from mlx_operator_api.tasks import RunnerReport
+
+
+class Urgency(Enum):
+    """How soon a change concerns the planner."""
+
+    NONE = "none"
+    """Heartbeats and counters: nothing follows from them."""
+    LAZY = "lazy"
+    """Ready and Running change with every request; status shows them with a hysteresis of many seconds."""
+    AT_ONCE = "at once"
+
+
+_COUNTERS = {"seq": 0, "steps": 0, "active_requests": 0}
+
+
+def receive(view: RunnerView, report: RunnerReport, now: datetime, *, stream: bool) -> tuple[RunnerView, Urgency]:
+    """Merge a report into what is known; `stream` says that it came over the report stream.
+
+    The newest incarnation counts, and in it the highest seq: a report may arrive twice, or late by another way.
+    """
+    known = view.report
+    later = known is None or (report.incarnation, report.seq) > (known.incarnation, known.seq)
+    merged = replace(
+        view,
+        report=report if later else known,
+        received=now,
+        connected=view.connected or stream,
+        error=None if stream else view.error,
+        undecodable=False if stream else view.undecodable,
+    )
+    urgency = _difference(known, report) if later else Urgency.NONE
+    if (merged.connected, merged.error, merged.undecodable) != (view.connected, view.error, view.undecodable):
+        urgency = Urgency.AT_ONCE
+    return merged, urgency
+
+
+def _difference(known: RunnerReport | None, report: RunnerReport) -> Urgency:
+    if known is None:
+        return Urgency.AT_ONCE
+    old, new = known.model_copy(update=_COUNTERS), report.model_copy(update=_COUNTERS)
+    if old == new:
+        return Urgency.NONE
+    if {old.state, new.state} <= SERVING and old.model_copy(update={"state": new.state, "since": new.since}) == new:
+        return Urgency.LAZY
+    return Urgency.AT_ONCE
+
+
+def stranger(pod: Manifest, report: RunnerReport) -> str | None:
+    """Why a report is not of this pod's runner (an address is soon used again), or None."""
+    labels = pod["metadata"].get("labels") or {}
+    uid, rank = labels.get(names.INSTANCE_UID_LABEL), labels.get(names.RANK_LABEL)
+    if report.instance_uid != uid or str(report.rank) != rank:
+        return f"another runner answers at the pod's address: rank {report.rank} of instance uid {report.instance_uid}"
+    return None
+
+
+def address(pod: Manifest | None) -> str | None:
+    """The pod's IP while its runner container runs, else None."""
+    if pod is None:
+        return None
+    status = pod.get("status") or {}
+    if status.get("phase") in ("Succeeded", "Failed"):
+        return None
+    containers = status.get("containerStatuses") or ()
+    runs = any(entry.get("name") == names.CONTAINER and "running" in (entry.get("state") or {}) for entry in containers)
+    ip = status.get("podIP")
+    return str(ip) if runs and ip else None

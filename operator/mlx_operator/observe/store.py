@@ -1,0 +1,192 @@
+"""Everything that was observed, and the planner's input made from it.
+
+Plain state without I/O: watches, sweeps, report streams and the answers to our own writes put things in, and each
+change names the ModelInstances that have to be planned again.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from mlx_operator.act.resources import INSTANCES, NODES, PODS, SERVICES, Resource
+from mlx_operator.decide.observed import NodeView, Observed, RunnerView, Settings
+from mlx_operator.observe.refusals import Refusals
+from mlx_operator.observe.shelf import Key, Manifest, Shelf
+from mlx_operator_api import names
+
+Keys = frozenset[Key]
+_NOBODY: Keys = frozenset()
+
+
+@dataclass(slots=True)
+class PodNotes:
+    """What is known of one pod besides its object."""
+
+    view: RunnerView = field(default_factory=RunnerView)
+    warnings: tuple[str, ...] = ()
+
+
+class Store:
+    """The four kinds, the runners' reports, the API server's refusals."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.refusals = Refusals()
+        self._shelves = {
+            INSTANCES: Shelf(_named),
+            PODS: Shelf(_labelled),
+            SERVICES: Shelf(_labelled),
+            NODES: Shelf(_named),
+        }
+        self._nodes: dict[str, NodeView] = {}
+        self._notes: dict[str, PodNotes] = {}
+        self.pod_changed: Callable[[str], None] = lambda _uid: None
+        """Called with the uid of each pod that came, changed or went."""
+
+    def put(self, resource: Resource, item: Manifest) -> Keys:
+        """Keep an object; returns the instances it concerns, none when it brings nothing new."""
+        shelf = self._shelves[resource]
+        before = shelf.get(item["metadata"]["uid"])
+        kept = shelf.put(item)
+        if kept is None:
+            return _NOBODY
+        if resource is NODES:
+            return self._node_changed(kept["metadata"]["name"], node_view(kept))
+        if resource is PODS:
+            self._notes.setdefault(kept["metadata"]["uid"], PodNotes())
+            self.pod_changed(kept["metadata"]["uid"])
+        return _keys(resource, before) | _keys(resource, kept)
+
+    def remove(self, resource: Resource, uid: str, version: str) -> Keys:
+        """Forget an object that is gone since `version`; returns the instances it concerned."""
+        known = self._shelves[resource].remove(uid, version)
+        if known is None:
+            return _NOBODY
+        if resource is NODES:
+            return self._node_changed(known["metadata"]["name"], None)
+        if resource is PODS:
+            self._notes.pop(uid, None)
+            self.pod_changed(uid)
+        return _keys(resource, known)
+
+    def replace(self, resource: Resource, items: list[dict[str, Any]], version: str, namespace: str | None) -> Keys:
+        """Take over a full list: put what it has, forget what it proves to be gone."""
+        touched = set(_NOBODY)
+        for uid in self._shelves[resource].missing_from(items, version, namespace):
+            touched |= self.remove(resource, uid, version)
+        for item in items:
+            touched |= self.put(resource, item)
+        return frozenset(touched)
+
+    def count(self, resource: Resource) -> int:
+        """Objects known of a kind."""
+        return len(self._shelves[resource])
+
+    def pod(self, uid: str) -> Manifest | None:
+        """A pod by uid."""
+        return self._shelves[PODS].get(uid)
+
+    def pods(self) -> list[Manifest]:
+        """All pods."""
+        return self._shelves[PODS].values()
+
+    def instance(self, key: Key) -> Manifest | None:
+        """A ModelInstance; the newest where a deleted namesake was not seen to go yet."""
+        found = self._shelves[INSTANCES].of(key)
+        return max(found, key=lambda item: int(item["metadata"]["resourceVersion"])) if found else None
+
+    def instances(self) -> list[Manifest]:
+        """All ModelInstances."""
+        return self._shelves[INSTANCES].values()
+
+    def service(self, key: Key) -> Manifest | None:
+        """The labelled Service of an instance."""
+        wanted = names.service_name(key.name)
+        found = self._shelves[SERVICES].of(key)
+        return next((item for item in found if item["metadata"]["name"] == wanted), None)
+
+    def view(self, uid: str) -> RunnerView:
+        """What is known of the supervisor in a pod."""
+        notes = self._notes.get(uid)
+        return notes.view if notes is not None else RunnerView()
+
+    def set_view(self, uid: str, view: RunnerView) -> Keys:
+        """Keep what is known of the supervisor in a pod; nothing for a pod that is gone."""
+        notes, pod = self._notes.get(uid), self.pod(uid)
+        if notes is None or pod is None:
+            return _NOBODY
+        notes.view = view
+        return _keys(PODS, pod)
+
+    def set_warnings(self, uid: str, warnings: tuple[str, ...]) -> Keys:
+        """Keep what Kubernetes says of a pod that waits; no instance when nothing changed."""
+        notes, pod = self._notes.get(uid), self.pod(uid)
+        if notes is None or pod is None or notes.warnings == warnings:
+            return _NOBODY
+        notes.warnings = warnings
+        return _keys(PODS, pod)
+
+    def warnings(self, uid: str) -> tuple[str, ...]:
+        """What Kubernetes said last of a pod that waits."""
+        notes = self._notes.get(uid)
+        return notes.warnings if notes is not None else ()
+
+    def observed(self, key: Key) -> Observed | None:
+        """The planner's input; None when there is no such ModelInstance."""
+        instance = self.instance(key)
+        if instance is None:
+            return None
+        pods = tuple(self._shelves[PODS].of(key))
+        uids = [pod["metadata"]["uid"] for pod in pods]
+        return Observed(
+            instance=instance,
+            pods=pods,
+            settings=self.settings,
+            service=self.service(key),
+            runners={uid: self.view(uid) for uid in uids},
+            nodes=self._nodes,
+            refusals=self.refusals.of(key),
+            pod_events={uid: notes for uid in uids if (notes := self.warnings(uid))},
+        )
+
+    def _node_changed(self, name: str, view: NodeView | None) -> Keys:
+        if self._nodes.get(name) == view:  # a node's heartbeat concerns nobody
+            return _NOBODY
+        # A new mapping, never the old one changed: a planner may hold that.
+        self._nodes = {other: seen for other, seen in self._nodes.items() if other != name}
+        if view is not None:
+            self._nodes[name] = view
+        there = [pod for pod in self.pods() if (pod.get("spec") or {}).get("nodeName") == name]
+        return _NOBODY.union(*(_keys(PODS, pod) for pod in there))
+
+
+def node_view(node: Manifest) -> NodeView:
+    """The part of a node that decisions depend on."""
+    conditions = (node.get("status") or {}).get("conditions") or ()
+    ready: Mapping[str, Any] = next((entry for entry in conditions if entry.get("type") == "Ready"), {})
+    since = ready.get("lastTransitionTime")
+    return NodeView(
+        name=node["metadata"]["name"],
+        ready=ready.get("status") == "True",
+        since=datetime.fromisoformat(since) if since else None,
+        reason=str(ready.get("reason") or ""),
+    )
+
+
+def _named(item: Manifest) -> Key:
+    metadata = item["metadata"]
+    return Key(metadata.get("namespace", ""), metadata["name"])
+
+
+def _labelled(item: Manifest) -> Key | None:
+    metadata = item["metadata"]
+    instance = (metadata.get("labels") or {}).get(names.INSTANCE_LABEL)
+    return Key(metadata["namespace"], instance) if instance else None
+
+
+def _keys(resource: Resource, item: Manifest | None) -> Keys:
+    if item is None:
+        return _NOBODY
+    key = _named(item) if resource is INSTANCES else _labelled(item)
+    return frozenset((key,)) if key is not None else _NOBODY

@@ -1,0 +1,183 @@
+"""Reconcile: observe, decide, act, for one ModelInstance at a time.
+
+Order of effects: status first, with the resourceVersion that was planned from; the actions only after that was
+answered with success; the events last. A conflict or an error means: nothing further, plan again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from mlx_operator.act.actor import Actor
+from mlx_operator.act.kube import KubeError, Manifest
+from mlx_operator.act.recorder import Recorder
+from mlx_operator.act.resources import INSTANCES, Resource
+from mlx_operator.act.status_writer import ConflictError, StatusWriter, Written, wire
+from mlx_operator.decide.actions import Notice, Plan
+from mlx_operator.decide.observed import Observed
+from mlx_operator.logs import decision
+from mlx_operator.metrics import Metrics
+from mlx_operator.observe.shelf import Key
+from mlx_operator.observe.store import Store
+from mlx_operator.workqueue import WorkQueue
+from mlx_operator_api.conditions import ConditionType
+from mlx_operator_api.status import Status
+
+DEADLINE_SECONDS = 30.0
+_CONFLICTS = 5
+_SOONEST_SECONDS = 0.1
+Planner = Callable[[Observed, datetime], Plan]
+
+
+@dataclass(frozen=True, slots=True)
+class _Unconfirmed:
+    """A status whose PATCH was not answered: if it turns out to stand, its events are still due."""
+
+    uid: str
+    status: Manifest
+    events: tuple[Notice, ...]
+
+
+class Reconciler:
+    """The control loop; `run_worker` several times gives several workers."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        queue: WorkQueue[Key],
+        planner: Planner,
+        writer: StatusWriter,
+        actor: Actor,
+        recorder: Recorder,
+        answered: Callable[[Resource, Mapping[str, Any]], None],
+        now: Callable[[], datetime],
+        metrics: Metrics,
+    ) -> None:
+        self._store = store
+        self._queue = queue
+        self._plan = planner
+        self._writer = writer
+        self._actor = actor
+        self._recorder = recorder
+        self._answered = answered
+        self._now = now
+        self._metrics = metrics
+        self._unconfirmed: dict[Key, _Unconfirmed] = {}
+        self._bugs: set[str] = set()
+
+    async def run_worker(self) -> None:
+        """Take keys from the queue until cancelled; no failure of a reconcile ends it."""
+        while True:
+            key = await self._queue.get()
+            ok = False
+            try:
+                ok = await self._turn(key)
+            finally:
+                self._queue.done(key, ok=ok)
+
+    async def _turn(self, key: Key) -> bool:
+        # A task of its own: whatever it raises is looked at here, and nothing can take the worker down.
+        task = asyncio.create_task(self._bounded(key), name=f"reconcile {key}")
+        try:
+            with self._metrics.reconcile_seconds.time():
+                await asyncio.wait((task,))
+        finally:
+            task.cancel()
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._failed(key, error)
+        return error is None
+
+    async def _bounded(self, key: Key) -> None:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await self.reconcile(key)
+
+    def _failed(self, key: Key, error: BaseException) -> None:
+        self._metrics.reconcile_errors.labels(type(error).__name__).inc()
+        if isinstance(error, (KubeError, TimeoutError)):
+            decision("reconcile failed, will be repeated", level=logging.WARNING, instance=key, error=error)
+            return
+        self._metrics.bugs.inc()
+        text = f"{key} {type(error).__name__}: {error}"
+        decision("bug", level=logging.ERROR, instance=key, error=error, traceback=text not in self._bugs)
+        self._bugs.add(text)
+
+    async def reconcile(self, key: Key) -> None:
+        """One pass.
+
+        Raises:
+            KubeError: something is left to do and may succeed when it is repeated.
+        """
+        for _ in range(_CONFLICTS):
+            observed = self._store.observed(key)
+            if observed is None or observed.instance["metadata"].get("deletionTimestamp"):
+                # The children go by their ownerReferences.
+                self._store.refusals.forget(key)
+                self._unconfirmed.pop(key, None)
+                return
+            self._confirm(key, observed.instance)
+            plan = self._plan(observed, self._now())
+            try:
+                instance = await self._write(key, observed.instance, plan)
+            except ConflictError as conflict:
+                self._answered(INSTANCES, conflict.fresh)
+                continue
+            if instance is not None:
+                await self._act(key, instance, plan)
+            return
+        raise KubeError(409, "Conflict", f"the status changed {_CONFLICTS} times while it was planned")
+
+    async def _write(self, key: Key, instance: Mapping[str, Any], plan: Plan) -> Mapping[str, Any] | None:
+        """Make the planned status stand; the object then, or None when it is gone."""
+        try:
+            written, answer = await self._writer.write(instance, plan.status)
+        except KubeError as error:
+            if error.status == 404:
+                return None  # its DELETED event, or the next sweep, removes it from the store
+            if error.ambiguous:
+                self._unconfirmed[key] = _Unconfirmed(instance["metadata"]["uid"], wire(plan.status), plan.events)
+            raise
+        if written is Written.WRITTEN:
+            self._account(key, instance, plan.status)
+            self._answered(INSTANCES, answer)
+        return answer
+
+    async def _act(self, key: Key, instance: Mapping[str, Any], plan: Plan) -> None:
+        now = self._now()
+        if plan.requeue_at is not None:
+            delay = (plan.requeue_at - now).total_seconds()
+            self._queue.add_after(key, max(_SOONEST_SECONDS, delay))
+        try:
+            await self._actor.perform(key, instance, plan.actions)
+        finally:
+            # Also when an action failed: the next plan has this status behind it and will not say it again.
+            for notice in plan.events:
+                self._recorder.emit(instance, notice, now)
+
+    def _confirm(self, key: Key, instance: Mapping[str, Any]) -> None:
+        pending = self._unconfirmed.pop(key, None)
+        if pending is None or pending.uid != instance["metadata"]["uid"]:
+            return
+        if instance.get("status") == pending.status:
+            for notice in pending.events:
+                self._recorder.emit(instance, notice, self._now())
+
+    def _account(self, key: Key, before: Mapping[str, Any], status: Status) -> None:
+        ready = status.condition(ConditionType.READY)
+        decision(
+            "status written",
+            instance=key,
+            epoch=status.epoch,
+            ready=ready.status if ready else None,
+            reason=ready.reason if ready else None,
+            runners=" ".join(f"{runner.rank}={runner.state}" for runner in status.runners),
+            brief=status.brief[0] if status.brief else None,
+        )
+        known = {(entry["epoch"], entry["time"]) for entry in (before.get("status") or {}).get("history") or ()}
+        for entry, failure in zip(wire(status).get("history") or (), status.history, strict=True):
+            if (entry["epoch"], entry["time"]) not in known:
+                self._metrics.restarts.labels(failure.reason).inc()
