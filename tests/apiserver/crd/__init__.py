@@ -1,0 +1,1 @@
+"""CRD, examples and the chart's RBAC on a real API server."""

@@ -1,0 +1,26 @@
+"""One API server for all tests of this folder, with the CRD applied as a user would."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.apiserver.crd.kubectl import Kubectl
+from tests.cluster.apiserver import ApiServer
+from tests.cluster.deploy import ROOT
+from tests.cluster.waiting import tell
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ApiServer]:
+    """The API server, with the controllers that aggregate roles."""
+    with ApiServer(progress=tell) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def kubectl(server: ApiServer) -> Kubectl:
+    """The administrator's kubectl; the CRD is established."""
+    kubectl = Kubectl(server.binaries / "kubectl", server.kubeconfig)
+    assert "created" in kubectl.run("apply", "-f", str(ROOT / "crds"))
+    kubectl.run("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+    return kubectl
