@@ -14,7 +14,7 @@ def pids(cluster: Any, instance: Instance, rank: int) -> dict[str, list[int]]:
     """Host pids in a rank's container: `engine` and `supervisor` (PID 1 there)."""
     pod = instance.pods()[rank]
     found: dict[str, list[int]] = {"engine": [], "supervisor": []}
-    for pid, command in cluster.container_pids(pod["spec"]["nodeName"], instance.namespace, pod["metadata"]["name"]):
+    for pid, command in cluster.container_pids(pod["spec"]["nodeName"], pod["metadata"]["uid"]):
         if ENGINE in command:
             found["engine"].append(pid)
         elif "mlx_runner" in command:

@@ -102,8 +102,9 @@ class Testbed:
     def tag_runner_image(self, tag: str) -> str:
         """The runner image under another tag on every node; returns its name."""
         name = f"{RUNNER_IMAGE.rpartition(':')[0]}:{tag}"
-        for node in self.node_names:
-            self.ctr(node, "images", "tag", "--force", RUNNER_IMAGE, name)
+        for node in self._cluster.nodes():
+            argv = node.ctr("images", "tag", "--force", RUNNER_IMAGE, name)
+            subprocess.run(argv, check=True, capture_output=True, timeout=60)
         return name
 
     def broken_model(self, kind: str) -> str:
