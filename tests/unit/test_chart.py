@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mlx_operator.options import parse
 from mlx_operator_api import crd, names
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -123,8 +124,42 @@ def test_the_operator_gets_its_images_and_its_namespace(helm: str) -> None:
         "--runner-image-pull-policy=Never",
         "--leader-elect",
         "--log-level=info",
-        "--log-format=json",
+        "--log-format=logfmt",
     ]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], ["watchNamespaces={a,b}"], ["leaderElection.enabled=false", "log.format=json", "log.level=debug"]],
+    ids=str,
+)
+def test_the_operator_reads_its_arguments_as_the_chart_means_them(helm: str, values: list[str]) -> None:
+    given = [argument for value in values for argument in (f"--set={value}",)]
+    arguments = [
+        argument.replace("$(POD_NAMESPACE)", NAMESPACE)
+        for argument in container(rendered(helm, OPERATOR, *given))["args"]
+    ]
+    options = parse(arguments, {"POD_NAME": "p"})
+    assert options.namespace == NAMESPACE
+    assert options.runner_image == "localhost/mlx-runner:0.1.0"
+    assert options.watch_namespaces == (("a", "b") if "watchNamespaces={a,b}" in values else ())
+    assert options.leader_elect is ("leaderElection.enabled=false" not in values)
+    assert options.log_format == ("json" if "log.format=json" in values else "logfmt")
+
+
+def test_ports_and_names_are_the_operators_own_defaults(helm: str) -> None:
+    manifests = rendered(helm, OPERATOR)
+    options = parse(["--runner-image=i", "--namespace=n"], {})
+    assert options.probes_bind and options.metrics_bind
+    ports = {port["name"]: port["containerPort"] for port in container(manifests)["ports"]}
+    assert ports == {"probes": options.probes_bind.port, "metrics": options.metrics_bind.port}
+    held = {
+        (rule["resources"][0], name)
+        for role in of_kind(manifests, "Role")
+        for rule in role["rules"]
+        for name in rule.get("resourceNames", ())
+    }
+    assert held == {("secrets", options.key_secret), ("leases", options.lease_name)}
 
 
 def test_the_operators_pod_is_fit_for_pod_security_restricted(helm: str) -> None:
@@ -175,7 +210,7 @@ def test_confined_to_namespaces_there_is_no_clusterrole_and_no_access_to_nodes(h
 def test_without_leader_election_two_operators_never_run_at_once(helm: str) -> None:
     manifests = rendered(helm, OPERATOR, "--set=leaderElection.enabled=false")
     assert deployment(manifests)["spec"]["strategy"] == {"type": "Recreate"}
-    assert "--leader-elect" not in container(manifests)["args"]
+    assert "--no-leader-elect" in container(manifests)["args"]
 
 
 def test_two_releases_share_no_cluster_wide_name(helm: str) -> None:

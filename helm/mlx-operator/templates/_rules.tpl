@@ -29,8 +29,8 @@ Secret but its own key, runs nothing in a pod, changes no spec, and touches no o
 - apiGroups: [""]
   resources: [events]
   verbs: [list]
-# create: what the operator did, for kubectl describe; patch: to count a repetition.
+# create: what the operator did, for kubectl describe; get, patch: to count a repetition on from what is there.
 - apiGroups: [events.k8s.io]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [get, create, patch]
 {{- end }}

@@ -95,6 +95,7 @@ NEEDED = [
     ("create", "", "secrets", "team"),
     ("list", "", "events", "team"),
     ("create", EVENTS, "events", "team"),
+    ("get", EVENTS, "events", "team", "x"),
     ("patch", EVENTS, "events", "team", "x"),
     # its own namespace
     ("get", "", "secrets", NAMESPACE, "mlx-operator-key"),
