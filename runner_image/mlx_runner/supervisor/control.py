@@ -42,6 +42,15 @@ class Control:
     def __init__(self, supervisor: Supervisor, metrics: Metrics) -> None:
         self._supervisor = supervisor
         self._metrics = metrics
+        self._ending = asyncio.Event()
+        self._streams: set[asyncio.Queue[RunnerReport | None]] = set()
+
+    def close(self) -> None:
+        """End the report streams once they have told everything; new ones only tell the last report."""
+        self._ending.set()
+        for backlog in self._streams:
+            if not backlog.full():
+                backlog.put_nowait(None)
 
     def app(self) -> web.Application:
         """The application."""
@@ -87,7 +96,7 @@ class Control:
     async def reports(self, request: web.Request) -> web.StreamResponse:
         """Every report from now on, and a heartbeat when nothing changes."""
         self._authorize(request)
-        backlog: asyncio.Queue[RunnerReport] = asyncio.Queue(MAX_BACKLOG)
+        backlog: asyncio.Queue[RunnerReport | None] = asyncio.Queue(MAX_BACKLOG)
         overrun = asyncio.Event()
 
         def listener(report: RunnerReport) -> None:
@@ -97,25 +106,30 @@ class Control:
                 backlog.put_nowait(report)
 
         response = web.StreamResponse(headers={"Content-Type": _NDJSON, "Cache-Control": "no-cache"})
+        self._streams.add(backlog)
         unsubscribe = self._supervisor.machine.subscribe(listener)
         try:
             await response.prepare(request)
             await write(response, _line(self._supervisor.heartbeat()).encode() + b"\n")
-            while not overrun.is_set():
-                await write(response, (await self._next(backlog)).encode() + b"\n")
-            log.warning("a reader of reports is %d behind: its stream is closed", MAX_BACKLOG)
+            while not overrun.is_set() and (report := await self._next(backlog)) is not None:
+                await write(response, _line(report).encode() + b"\n")
+            if overrun.is_set():
+                log.warning("a reader of reports is %d behind: its stream is closed", MAX_BACKLOG)
         except (SlowClientError, ConnectionError) as error:
             log.info("a report stream ended: %s", error or type(error).__name__)
         finally:
             unsubscribe()
+            self._streams.discard(backlog)
         return response
 
-    async def _next(self, backlog: "asyncio.Queue[RunnerReport]") -> str:
+    async def _next(self, backlog: "asyncio.Queue[RunnerReport | None]") -> RunnerReport | None:
+        if self._ending.is_set() and backlog.empty():
+            return None
         try:
             async with asyncio.timeout(HEARTBEAT_SECONDS):
-                return _line(await backlog.get())
+                return await backlog.get()
         except TimeoutError:
-            return _line(self._supervisor.heartbeat())
+            return self._supervisor.heartbeat()
 
     async def metrics(self, request: web.Request) -> web.Response:
         """Prometheus."""

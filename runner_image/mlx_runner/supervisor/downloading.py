@@ -14,6 +14,8 @@ from mlx_runner.download import result
 
 from . import children, evidence
 
+_KILL_SECONDS = 5.0
+
 log = logging.getLogger(__name__)
 
 
@@ -51,11 +53,20 @@ async def download(
     finally:
         transport.close()
         child.kill()
-        await child.wait()
+        await _reaped(child)
     if said is not None:
         return said
     how = evidence.decode(code, 0, ()).what().replace("engine", "the download", 1)
     return result.Refused(reason=Reason.MODEL_UNREACHABLE, message=f"{how} without a result")
+
+
+async def _reaped(child: children.Child) -> None:
+    """A child that hangs in a dead network file system cannot be killed: the runner must not hang with it."""
+    try:
+        async with asyncio.timeout(_KILL_SECONDS):
+            await child.wait()
+    except TimeoutError:
+        log.warning("the download pid=%d does not die: its file system hangs", child.pid)
 
 
 async def _read(lines: asyncio.StreamReader, tell: Callable[[int], None]) -> result.Found | result.Refused | None:

@@ -40,6 +40,7 @@ class EngineProcess:
         self._cgroup = cgroup
         self._oom_before = cgroup.oom_kills()
         self._stderr = evidence.kept_lines()
+        self._killed_for: str | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._exit: asyncio.Future[evidence.Exit] = asyncio.get_running_loop().create_future()
         self._task: asyncio.Task[None] | None = None
@@ -85,7 +86,8 @@ class EngineProcess:
             self._writer.close()
         self._last = self._progress.read()
         self._progress.close()
-        exit_ = evidence.decode(code, self._cgroup.oom_kills() - self._oom_before, tuple(self._stderr))
+        oom_kills = self._cgroup.oom_kills() - self._oom_before
+        exit_ = evidence.decode(code, oom_kills, tuple(self._stderr), self._killed_for)
         log.info("%s pid=%d", exit_.what(), self.pid)
         self._exit.set_result(exit_)
         self.on_exit(exit_)
@@ -97,9 +99,14 @@ class EngineProcess:
         except ConnectionError:
             log.debug("channel of engine pid=%d reset", self.pid)
         except ValueError:
-            log.error("engine pid=%d sent a line longer than %d bytes: killed", self.pid, MAX_EVENT_BYTES)
+            self._abandon(f"it sent a line longer than {MAX_EVENT_BYTES} bytes")
         # Its end of the channel is closed: it is ending, or it cannot be talked to any more.
-        asyncio.get_running_loop().call_later(_SETTLE_SECONDS, self.kill)
+        asyncio.get_running_loop().call_later(_SETTLE_SECONDS, self._abandon, "it closed its channel")
+
+    def _abandon(self, why: str) -> None:
+        if self._child.alive:
+            self._killed_for = why
+            self.kill()
 
     def _tell(self, line: bytes) -> None:
         try:

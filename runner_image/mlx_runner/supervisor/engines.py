@@ -3,6 +3,8 @@
 import asyncio
 import logging
 
+from mlx_runner import channel
+
 from . import engine_process, evidence
 from .cgroup import Cgroup
 from .config import Config
@@ -34,11 +36,14 @@ class Engines:
             OSError: no engine can be started.
         """
         async with self._lock:
+            if self._closed:
+                raise OSError("this supervisor is ending")
             await self._end_used()
             engine = self._spare
             self._spare = None
             if engine is None or not engine.alive:
                 engine = await engine_process.spawn(self._config, self._cgroup)
+            engine.on_event = lambda event: None
             engine.on_exit = lambda exit_: None  # its user says what an end means now
             self._used = engine
             return engine
@@ -52,10 +57,11 @@ class Engines:
     async def close(self) -> None:
         """No engine any more: kill and reap whatever lives."""
         self._closed = True
-        if self._refill is not None:
-            self._refill.cancel()
-            await asyncio.gather(self._refill, return_exceptions=True)
+        # Under the lock nothing is being started: a start that is cancelled half-way would leave a child behind.
         async with self._lock:
+            if self._refill is not None:
+                self._refill.cancel()
+                await asyncio.gather(self._refill, return_exceptions=True)
             await self._end_used()
             if self._spare is not None:
                 self._spare.kill()
@@ -73,6 +79,7 @@ class Engines:
                 log.error("the next engine cannot be started: %s", error)
                 asyncio.get_running_loop().call_later(self._next_backoff(), self.prepare)
                 return
+            self._spare.on_event = _log_failure
             self._spare.on_exit = self._spare_ended
 
     def _spare_ended(self, exit_: evidence.Exit) -> None:
@@ -96,3 +103,8 @@ class Engines:
             self._used.kill()
             await self._used.wait()
             self._used = None
+
+
+def _log_failure(event: channel.Event) -> None:
+    if isinstance(event, channel.Failure):
+        log.warning("an engine that no epoch used failed: %s", event.message)

@@ -25,15 +25,19 @@ class Exit:
     signal_number: int | None
     oom_kills: int
     stderr: tuple[str, ...]
+    killed_for: str | None = None
+    """Why the supervisor itself killed it, as a clause: `it closed its channel`."""
 
     def what(self) -> str:
         """`engine killed by signal 9 (SIGKILL)` or `engine exited with code 3`."""
+        if self.killed_for is not None:
+            return f"engine killed by its supervisor because {self.killed_for}"
         if self.signal is not None:
             return f"engine killed by signal {self.signal_number} ({self.signal})"
         return f"engine exited with code {self.code}"
 
 
-def decode(returncode: int, oom_kills: int, stderr: tuple[str, ...]) -> Exit:
+def decode(returncode: int, oom_kills: int, stderr: tuple[str, ...], killed_for: str | None = None) -> Exit:
     """From a return code as `subprocess` has it: negative for a signal."""
     if returncode >= 0:
         return Exit(returncode, None, None, oom_kills, stderr)
@@ -42,7 +46,7 @@ def decode(returncode: int, oom_kills: int, stderr: tuple[str, ...]) -> Exit:
         name = signal.Signals(number).name
     except ValueError:
         name = f"SIG{number}"
-    return Exit(None, name, number, oom_kills, stderr)
+    return Exit(None, name, number, oom_kills, stderr, killed_for)
 
 
 def kept_lines() -> "deque[str]":

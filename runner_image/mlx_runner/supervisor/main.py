@@ -31,11 +31,10 @@ async def run(settings: Config) -> int:
         children.watch_orphans(loop)
     supervisor = Supervisor(settings)
     metrics = Metrics(supervisor)
+    control = Control(supervisor, metrics)
     async with AsyncExitStack() as servers:
         try:
-            await servers.enter_async_context(
-                serving(Control(supervisor, metrics).app(), settings.listen_host, settings.control_port)
-            )
+            await servers.enter_async_context(serving(control.app(), settings.listen_host, settings.control_port))
             if settings.rank == 0:
                 await servers.enter_async_context(
                     serving(PublicApi(supervisor, metrics).app(), settings.listen_host, settings.public_port)
@@ -55,6 +54,7 @@ async def run(settings: Config) -> int:
         )
         await stop.wait()
         await supervisor.drain()
+        control.close()
     return 0
 
 

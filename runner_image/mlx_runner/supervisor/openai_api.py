@@ -104,20 +104,11 @@ class PublicApi:
         response = web.StreamResponse(headers=_EVENT_STREAM)
         await response.prepare(request)
         try:
-            for chunk in shape.opening(usage):
-                await _send(response, chunk)
-            answer: channel.Delta | channel.Finished | None = first
-            while isinstance(answer, channel.Delta):
-                if answer.text:
-                    await _send(response, shape.chunk(answer.text, usage))
-                answer = await anext(answers, None)
-            if answer is not None:
-                for chunk in shape.closing(answer, usage):
-                    await _send(response, chunk)
-                await write(response, _DONE)
-        except ApiError as error:
-            # The status line is gone: an error event is the honest end, and no [DONE] after it.
-            await _send(response, error.body())
+            try:
+                await _tell(response, first, answers, shape, usage)
+            except ApiError as error:
+                # The status line is gone: an error event is the honest end, and no [DONE] after it.
+                await _send(response, error.body())
         except (SlowClientError, ConnectionError) as error:
             log.info("a client left its stream: %s", error or type(error).__name__)
         return response
@@ -198,6 +189,27 @@ class PublicApi:
             response = _http_error(request, error).response()
         self._metrics.requests.labels(endpoint, str(response.status)).inc()
         return response
+
+
+async def _tell(
+    response: web.StreamResponse,
+    first: channel.Delta | channel.Finished,
+    answers: AsyncIterator[channel.Delta | channel.Finished],
+    shape: Shape,
+    usage: bool,
+) -> None:
+    """An answer as a stream of chunks, `[DONE]` last."""
+    for chunk in shape.opening(usage):
+        await _send(response, chunk)
+    answer: channel.Delta | channel.Finished | None = first
+    while isinstance(answer, channel.Delta):
+        if answer.text:
+            await _send(response, shape.chunk(answer.text, usage))
+        answer = await anext(answers, None)
+    if answer is not None:
+        for chunk in shape.closing(answer, usage):
+            await _send(response, chunk)
+        await write(response, _DONE)
 
 
 async def _json(request: web.Request) -> Any:

@@ -62,8 +62,8 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: StrictStr
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, Field(strict=True, ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     stop: StrictStr | list[StrictStr] | None = None
     seed: StrictInt | None = None
@@ -208,7 +208,8 @@ def _same(value: object, neutral: object) -> bool:
 
 
 def _api_error(error: ValidationError) -> ApiError:
-    first = error.errors()[0]
+    # Of a union every branch complains; the deepest complaint is about the branch that was meant.
+    first = max(error.errors(), key=lambda one: len(one["loc"]))
     # A union's branches are parts of the location; a client knows only the names and indices it sent.
     parts = [p for p in first["loc"] if isinstance(p, int) or (p.isidentifier() and not _branch(p))]
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".") or "body"

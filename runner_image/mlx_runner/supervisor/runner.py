@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.names import ring_port
-from mlx_operator_api.runner import RunnerState, TaskName
+from mlx_operator_api.runner import TaskName
 from mlx_operator_api.status import LastFailure
 from mlx_operator_api.tasks import ConnectToGroup, CreateRunner, Sharding
 from mlx_runner import channel
 
-from . import evidence, ring
-from .cgroup import quantity
+from . import diagnosis, evidence, ring
 from .config import Config
+from .diagnosis import Diagnosis
 from .engine_process import EngineProcess
 from .machine import Machine, utc_now
 from .requests import Broker
@@ -208,27 +208,11 @@ class Runner:
         if self._ending or (exit_.code == 0 and self._machine.report.draining):
             self._broker.lose("the engine ended while the runner was shutting down")
             return
-        state = self._machine.state
-        if exit_.signal is not None and exit_.oom_kills > 0:
-            limit = self._machine.report.memory_limit_bytes
-            limited = f"memory limit {quantity(limit)}" if limit else "no memory limit"
-            message = f"{exit_.what()} in {state}{self._loading()}, {limited}, oom_kill {exit_.oom_kills}"
-            self.fail(Reason.OUT_OF_MEMORY, message, exit_=exit_, diagnostics=exit_.stderr)
-        elif exit_.code == 0 and self._config.rank > 0 and self._machine.report.group == "present":
-            # A worker's engine ends so by design when rank 0 says goodbye: then rank 0 is where to look.
-            message = f"{exit_.what()} in {state}, as after a goodbye of rank 0"
-            self.fail(Reason.PEER_LOST, message, exit_=exit_, peer=0, diagnostics=exit_.stderr)
-        else:
-            said = evidence.meaningful(exit_.stderr)
-            untold = " without having been told to" if exit_.code == 0 else ""
-            message = f"{exit_.what()} in {state}{self._loading()}{untold}{': ' + said if said else ''}"
-            self.fail(Reason.ENGINE_CRASHED, message, exit_=exit_, diagnostics=exit_.stderr)
+        self._blame(diagnosis.of_exit(exit_, self._machine.report), exit_)
 
-    def _loading(self) -> str:
-        report = self._machine.report
-        if report.state is not RunnerState.LOADING or not report.layers_total:
-            return ""
-        return f" at {report.layers_loaded}/{report.layers_total} layers"
+    def _blame(self, found: Diagnosis, exit_: evidence.Exit | None = None) -> None:
+        lines = exit_.stderr if exit_ else ()
+        self.fail(found.reason, found.message, exit_=exit_, peer=found.peer, diagnostics=lines)
 
     # -- events of the engine
     def _on_event(self, event: channel.Event) -> None:
@@ -286,24 +270,9 @@ class Runner:
         self._deadline = asyncio.get_running_loop().call_later(seconds, self._missed, reason, seconds)
 
     def _missed(self, reason: Reason, seconds: float) -> None:
+        steps, started = (self.engine.progress.steps, self.engine.started) if self.engine else (0, False)
         report = self._machine.report
-        match reason:
-            case Reason.CONNECT_TIMEOUT:
-                ranks = ", ".join(f"rank {rank}" for rank in report.waiting_for)
-                missing = f"still waiting for {ranks}" if ranks else "the engine named no rank it waits for"
-                message = f"not connected within {seconds:g} s: {missing}"
-                if self.facts.sharding is Sharding.TENSOR:
-                    message += (
-                        f", ring port {ring_port(self.epoch)} {'listened' if report.ring_listening else 'silent'}"
-                    )
-            case Reason.LOAD_TIMEOUT:
-                message = f"not loaded within {seconds:g} s: {report.layers_loaded}/{report.layers_total or '?'} layers"
-            case _:
-                steps = self.engine.progress.steps if self.engine else 0
-                message = f"warm-up not done within {seconds:g} s, step {steps}"
-        if self.engine is not None and not self.engine.started:
-            message += "; the engine had not started yet"
-        self.fail(reason, message)
+        self._blame(diagnosis.of_deadline(reason, seconds, report, self.facts.sharding, steps=steps, started=started))
 
     def _cancel_deadline(self) -> None:
         if self._deadline is not None:

@@ -176,12 +176,16 @@ class Supervisor:
             self.machine.complete(runner.epoch, TaskName.CREATE_RUNNER)
 
     async def _download(self, runner: Runner) -> None:
+        def tell(percent: int) -> None:
+            if runner is self.runner:
+                self.machine.note(download_percent=percent)
+
         said = await download(
             runner.facts.source,
             self.config.model_dir,
             self.config.state_dir / "hashes.json",
             seconds=runner.facts.deadlines.download,
-            on_percent=lambda percent: self.machine.note(download_percent=percent),
+            on_percent=tell,
         )
         if isinstance(said, result.Found):
             self.machine.complete(
