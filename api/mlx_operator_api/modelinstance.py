@@ -29,7 +29,7 @@ from .tasks import DeadlineSeconds, ServingOptions, Sharding
 
 _MAP_BY_NAME = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
 RESERVED_LABELS = tuple(
-    f"app.kubernetes.io/{name}" for name in ("name", "instance", "version", "component", "part-of", "managed-by")
+    f"app.kubernetes.io/{name}" for name in ("name", "instance", "component", "part-of", "managed-by")
 )
 """Labels of the pods that the operator sets itself, besides all under its own group."""
 

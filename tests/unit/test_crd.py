@@ -2,15 +2,18 @@
 
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
-from mlx_operator_api import crd
-from mlx_operator_api.fields import DURATION_RULE
-from mlx_operator_api.modelinstance import DEFAULT_DEADLINES, Deadlines
+from mlx_operator.decide.spec import Wanted
+from mlx_operator.decide.template import labels
+from mlx_operator_api import crd, names
+from mlx_operator_api.fields import DURATION_RULE, RESERVED_ENV_PREFIXES
+from mlx_operator_api.modelinstance import DEFAULT_DEADLINES, RESERVED_LABELS, Deadlines
 from mlx_operator_api.schema import NotStructuralError, structural
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -100,6 +103,18 @@ def test_default_deadlines_are_documented_where_users_read_them() -> None:
 def test_a_duration_of_the_longest_form_is_read_by_the_models_too() -> None:
     assert DURATION_RULE.startswith("^(")
     assert Deadlines(load="999999h999999h").of("load") == pytest.approx(2 * 999999 * 3600)
+
+
+def test_every_label_of_a_runner_pod_is_refused_in_pod_labels() -> None:
+    wanted = cast("Wanted", SimpleNamespace(name="tiny", uid="u"))
+    ours = {label for label in labels(wanted, 0) if not label.startswith(f"{names.GROUP}/")}
+    assert ours == set(RESERVED_LABELS)
+
+
+def test_every_variable_that_the_operator_sets_is_refused_in_env() -> None:
+    variables = [value for name, value in vars(names).items() if name.startswith("ENV_")]
+    assert len(variables) > 5
+    assert [name for name in variables if not name.startswith(RESERVED_ENV_PREFIXES)] == []
 
 
 def test_a_union_of_types_is_refused_when_generating_and_not_when_applying() -> None:
