@@ -127,14 +127,14 @@ class Machine:
             return Offer(self._record(request, TaskPhase.COMPLETE), run=False)
         elif (via := TRANSITIONS[name].via) is not None and via is not self.state:
             self._enter(via)
+        if name is TaskName.SHUTDOWN:
+            self._end_running(f"ended by {name}")
         return Offer(self._record(request, TaskPhase.RUNNING), run=True)
 
     def complete(self, epoch: int, name: TaskName, **facts: Any) -> bool:
         """A task is done: its outcome first (with the facts it found), then the state it settles in."""
         if epoch != self.epoch or self.running(name) is None:
             return False
-        if name is TaskName.SHUTDOWN:
-            self._end_running(f"ended by {name}", besides=name)
         self._outcomes[name] = self._outcomes[name].model_copy(update={"phase": TaskPhase.COMPLETE})
         self._publish(**facts)
         settled = TRANSITIONS[name].to
@@ -164,13 +164,14 @@ class Machine:
         """SIGTERM, without a task: → ShuttingDown."""
         if epoch == self.epoch and epoch > 0 and ORDER[self.state] < ORDER[RunnerState.SHUTTING_DOWN]:
             self._enter(RunnerState.SHUTTING_DOWN)
+            if self._end_running("ended by SIGTERM"):
+                self._publish()
 
     def ended(self, epoch: int) -> None:
         """The engine is gone after a shutdown: completes the task, if there is one, and → Shutdown."""
         if epoch != self.epoch or self.state is not RunnerState.SHUTTING_DOWN:
             return
         if not self.complete(epoch, TaskName.SHUTDOWN, group="absent", active_requests=0):
-            self._end_running("ended by SIGTERM")
             self._enter(RunnerState.SHUTDOWN, group="absent", active_requests=0)
 
     def drain(self) -> None:
@@ -237,9 +238,9 @@ class Machine:
         self._publish()
         return outcome
 
-    def _end_running(self, message: str, *, reason: Any = None, besides: TaskName | None = None) -> bool:
+    def _end_running(self, message: str, *, reason: Any = None) -> bool:
         """Mark what was under way as failed; True if there was anything."""
-        names = [name for name in self._outcomes if name is not besides and self.running(name) is not None]
+        names = [name for name in self._outcomes if self.running(name) is not None]
         for name in names:
             why = {"phase": TaskPhase.FAILED, "message": message, "reason": reason}
             self._outcomes[name] = self._outcomes[name].model_copy(update=why)
