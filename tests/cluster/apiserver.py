@@ -4,12 +4,11 @@ No namespaces and no root. Several run at once, each with ports and a folder of 
 and started again on the same port and data, for tests of its loss.
 """
 
-import contextlib
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -269,13 +268,6 @@ _TEMPORARY = "tmp-"
 def named(name: str) -> ApiServer:
     """Return the API server of the command line, which outlives the process that starts it."""
     return ApiServer(cache_root() / "apiserver" / check_name(name), progress=tell)
-
-
-@contextlib.contextmanager
-def apiserver_fixture(make: Callable[[], ApiServer] = ApiServer) -> Iterator[ApiServer]:
-    """Yield a started API server: the body of a pytest fixture, of whatever scope."""
-    with make() as server:
-        yield server
 
 
 def _sweep() -> None:

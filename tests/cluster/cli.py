@@ -18,8 +18,10 @@ def main(words: Sequence[str]) -> int:
     try:
         return run(arguments)
     except ClusterError as error:
-        for line in str(error).splitlines():
-            tell(line if line.startswith(" ") else f"error: {line}" if line == str(error).splitlines()[0] else line)
+        tell(f"error: {error}")
+        return 1
+    except PermissionError as error:
+        tell(f"error: {error.filename}: permission denied; the cluster is another user's: run this again with sudo.")
         return 1
     except KeyboardInterrupt:
         tell("interrupted; `up` goes on where it was, `down` removes everything.")

@@ -1,35 +1,34 @@
-"""The cluster for tests and for the command line: control plane, nodes, faults, and a way in from the host."""
+"""The cluster for tests and for the command line: its life and the faults that can be done to it."""
 
 import contextlib
 import fcntl
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.cluster import binaries as programs
-from tests.cluster import cgroups, images, manifests, prerequisites
+from tests.cluster import images, manifests, prerequisites
+from tests.cluster.access import ClusterAccess
 from tests.cluster.cgroups import Group
 from tests.cluster.errors import ClusterError
-from tests.cluster.hub import COMPONENTS, Hub
+from tests.cluster.hub import Hub
 from tests.cluster.kubeapi import KubeApi, conditions
 from tests.cluster.load import load_archives
-from tests.cluster.network import HUB, MAX_NODES, Network, node_index, node_name
-from tests.cluster.node import DAEMONS, Node, forward_command
-from tests.cluster.paths import DEFAULT_NAME, ClusterPaths
-from tests.cluster.pki import Pki
-from tests.cluster.processes import Record, command_line, spawn
-from tests.cluster.waiting import Progress, ended, tell, wait_until
+from tests.cluster.network import HUB, MAX_NODES, node_name
+from tests.cluster.node import Node
+from tests.cluster.paths import DEFAULT_NAME
+from tests.cluster.processes import Record
+from tests.cluster.waiting import Progress, ended, silent, tell, wait_until
 
+_COREDNS = "/apis/apps/v1/namespaces/kube-system/deployments/coredns"
 _LOCK_SECONDS = 300.0
 _NODE_READY_SECONDS = 120.0
 _DNS_SECONDS = 60.0
 
 
-class Cluster:
+class Cluster(ClusterAccess):
     """A local Kubernetes cluster.
 
     Args:
@@ -38,6 +37,9 @@ class Cluster:
         port: loopback port of the API server; 0 for any free one.
         progress: receives a line now and then.
         binaries: folder of the programs; built or taken from the cache when None.
+
+    Raises:
+        ClusterError: the name or the number of nodes cannot be.
     """
 
     def __init__(
@@ -51,36 +53,9 @@ class Cluster:
     ) -> None:
         if nodes is not None and not 1 <= nodes <= MAX_NODES:
             raise ClusterError(f"--nodes {nodes}: a cluster has 1 to {MAX_NODES} nodes.")
-        self.paths = ClusterPaths(name)
-        self.network = Network(name)
+        super().__init__(name, progress=progress, binaries=binaries)
         self._wanted = nodes
         self._port = port
-        self._progress = progress
-        self._binaries = binaries
-
-    @property
-    def name(self) -> str:
-        """The cluster's name."""
-        return self.paths.name
-
-    @property
-    def kubeconfig(self) -> Path:
-        """Administrator's kubeconfig, for programs on this machine."""
-        return self.paths.kubeconfig
-
-    @property
-    def audit_log(self) -> Path:
-        """The API server's audit log: Metadata level, a JSON event per line; see ``tests.cluster.audit``."""
-        return self.paths.audit_log
-
-    @property
-    def binaries(self) -> Path:
-        """Folder of kubectl, helm and the cluster's own programs."""
-        if self._binaries is None:
-            self._binaries = programs.ensure(self._progress)
-        return self._binaries
-
-    # Life ---------------------------------------------------------------------------------------------------------
 
     def up(self) -> None:
         """Bring the cluster up, or what is missing of one that is: idempotent, and it heals faults that were injected.
@@ -88,30 +63,29 @@ class Cluster:
         Raises:
             ClusterError: something is missing, or did not come up by its deadline.
         """
-        prerequisites.check_cluster(self.paths.root, port=0 if self._hub_runs() else self._port)
-        begun = time.monotonic()
+        prerequisites.check_cluster(self.paths.root, port=0 if self.running("front") else self._port)
         system = images.ensure_system(self._progress)
-        hub = Hub(self.paths, self.binaries, self._progress)
+        begun = time.monotonic()
+        hub = self.hub
         with self._locked():
             nodes = self._planned_nodes()
             self.paths.root.mkdir(parents=True, exist_ok=True, mode=0o755)
             (self.paths.root / "resolv.conf").write_text(f"nameserver {manifests.DNS_ADDRESS}\n")
             hub.start()
             port = hub.start_front(self._port)
+            # Containers' runtimes come up, and unpack what every pod needs, while the API server starts.
             for node in nodes:
                 node.start_runtime()
             for node in nodes:
                 node.wait_for_runtime()
             self._tell_routes(nodes)
-            load_archives(nodes, list(system.values()), lambda line: None)
+            load_archives(nodes, list(system.values()), silent)
             hub.wait(port)
-            for node in nodes:
-                self.network.link(node.name, up=True)
-                node.start_agents(hub.pki)
             api = hub.api(port)
+            before = {node.name: self._start_agents(api, hub, node) for node in nodes}
             api.apply(manifests.coredns())
             for node in nodes:
-                self._wait_ready(api, node)
+                self._wait_ready(api, node, before[node.name])
             self._progress(f"{len(nodes)} nodes are Ready after {time.monotonic() - begun:.1f} s")
             wait_until(
                 lambda: conditions(api.get(_COREDNS)).get("Available") == "True",
@@ -146,20 +120,18 @@ class Cluster:
         """
         load_archives([node for node in self.nodes() if not node.stopped], archives, self._progress)
 
-    # Faults -------------------------------------------------------------------------------------------------------
-
     def partition(self, node: str) -> None:
         """Cut a node off the network; everything on it goes on running."""
-        self.network.link(self._node(node).name, up=False)
+        self.network.link(self.node(node).name, up=False)
 
     def heal(self, node: str) -> None:
         """Undo `partition`."""
-        self.network.link(self._node(node).name, up=True)
+        self.network.link(self.node(node).name, up=True)
 
     def stop_node(self, node: str) -> None:
         """Take a node's power away: nothing of it runs afterwards, and nobody was told."""
         with self._locked():
-            self._node(node).power_off()
+            self.node(node).power_off()
 
     def start_node(self, node: str, *, wait: bool = True) -> None:
         """Give a stopped node its power back.
@@ -168,148 +140,16 @@ class Cluster:
             node: its name.
             wait: return when the API server sees it Ready again.
         """
-        hub = Hub(self.paths, self.binaries, self._progress)
-        port = hub.port()
+        hub = self.hub
+        api = hub.api(hub.port())
         with self._locked():
-            started = self._node(node)
+            started = self.node(node)
             started.start_runtime()
             started.wait_for_runtime()
             self._tell_routes([started])
-            started.start_agents(hub.pki)
+            before = self._start_agents(api, hub, started)
         if wait:
-            self._wait_ready(hub.api(port), started)
-
-    # Looking in ---------------------------------------------------------------------------------------------------
-
-    def nodes(self) -> list[Node]:
-        """Return the nodes of this cluster, running or not."""
-        folder = self.paths.root / "nodes"
-        names = sorted((f.name for f in folder.iterdir()), key=node_index) if folder.is_dir() else []
-        return [Node(name, self.paths, self.binaries) for name in names]
-
-    def running(self, component: str) -> bool:
-        """Whether a component such as ``etcd`` or ``kubelet-n1`` runs."""
-        record = Record.read(self.paths.record(component))
-        return record is not None and record.alive()
-
-    def components(self) -> list[str]:
-        """Return the names of all components that should run."""
-        return [*COMPONENTS, *(node.component(daemon) for node in self.nodes() for daemon in DAEMONS)]
-
-    def api(self) -> KubeApi:
-        """Return an administrator's connection to the API server."""
-        hub = Hub(self.paths, self.binaries, self._progress)
-        return hub.api(hub.port())
-
-    def node_pid(self, node: str, daemon: str = "kubelet") -> int:
-        """Return the process id of a node's ``kubelet``, ``containerd`` or ``proxy``.
-
-        Raises:
-            ClusterError: it does not run.
-        """
-        record = self._node(node).record(daemon)
-        if record is None:
-            raise ClusterError(f"The {daemon} of {node} does not run.")
-        return record.pid
-
-    def container_pids(self, node: str, pod: str, *, container: str | None = None) -> list[tuple[int, str]]:
-        """Return (process id on this machine, command line) of every process in a pod's containers.
-
-        The sandbox's own process (pause) is left out.
-
-        Args:
-            node: where the pod runs.
-            pod: its uid, or ``NAMESPACE/NAME``.
-            container: only this container of it; needs ``NAMESPACE/NAME``.
-        """
-        uid, containers = self._resolve(pod)
-        found = cgroups.container_pids(self._node(node).group, uid)
-        if container is not None:
-            found = {identity: pids for identity, pids in found.items() if containers.get(identity) == container}
-        processes = [(pid, command_line(pid)) for pids in found.values() for pid in pids]
-        return [(pid, line) for pid, line in processes if line and line != "/pause"]
-
-    def pod_cpu_seconds(self, node: str, pod: str) -> float:
-        """Return the CPU time that a pod (uid, or ``NAMESPACE/NAME``) has used on a node, from its cgroup."""
-        return cgroups.cpu_seconds(self._node(node).group, self._resolve(pod)[0])
-
-    def run_in(
-        self, node: str, argv: Sequence[str], *, seconds: float = 60.0, check: bool = True
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a program of this machine in the network of a node (or of the ``hub``).
-
-        Args:
-            node: its name.
-            argv: the program and its arguments.
-            seconds: the deadline.
-            check: raise on a non-zero exit.
-
-        Raises:
-            ClusterError: it failed.
-        """
-        words = [*self.network.enter(node), *argv]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
-        if check and done.returncode:
-            raise ClusterError(f"`{' '.join(argv)}` in {node} failed ({done.returncode}): {done.stderr.strip()[-800:]}")
-        return done
-
-    def kubectl(self, *words: str, seconds: float = 60.0, stdin: str | None = None) -> str:
-        """Run kubectl as administrator and return its standard output.
-
-        Raises:
-            ClusterError: it failed, with its standard error.
-        """
-        argv = [str(self.binaries / "kubectl"), f"--kubeconfig={self.kubeconfig}"]
-        argv += [f"--cache-dir={self.paths.root / 'kubectl-cache'}", *words]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds, input=stdin, check=False)
-        if done.returncode:
-            raise ClusterError(f"`kubectl {' '.join(words)}` failed: {done.stderr.strip()[-1500:]}")
-        return done.stdout
-
-    @contextlib.contextmanager
-    def forward(self, host: str, port: int, *, node: str | None = None) -> Iterator[tuple[str, int]]:
-        """Open a way from loopback to an address inside the cluster: a ClusterIP, a pod, a node.
-
-        Args:
-            host: the address (no name: names are known to pods only).
-            port: the port there.
-            node: the node whose network it goes through; the first running one when None.
-
-        Yields:
-            (``127.0.0.1``, port).
-        """
-        through = node or next((n.name for n in self.nodes() if not n.stopped), None)
-        if through is None:
-            raise ClusterError("No node runs, so no Service can be reached; start one with `start-node NODE`.")
-        with tempfile.TemporaryDirectory(prefix="mlxop-forward-") as folder:
-            port_file, log = Path(folder) / "port", Path(folder) / "log"
-            argv = forward_command(self.network.path(through), 0, f"{host}:{port}", port_file)
-            group = self._node(through).group.tracker
-            record = spawn(argv, record=Path(folder) / "record", log=log, cgroup=group)
-            try:
-                wait_until(port_file.exists, what="the forwarder listens", seconds=20, log=log)
-                yield "127.0.0.1", int(port_file.read_text())
-            finally:
-                record.stop(grace=0)
-
-    def user_kubeconfig(self, target: Path, user: str, groups: Sequence[str] = ()) -> Path:
-        """Write a kubeconfig for any user (known by client certificate), and return its path."""
-        hub = Hub(self.paths, self.binaries, self._progress)
-        return Pki(self.paths.pki).write_kubeconfig(
-            target, server=f"https://127.0.0.1:{hub.port()}", user=user, groups=groups
-        )
-
-    # Inside -------------------------------------------------------------------------------------------------------
-
-    def _hub_runs(self) -> bool:
-        return self.running("front")
-
-    def _node(self, name: str) -> Node:
-        node_index(name)
-        if not self.paths.node(name).is_dir():
-            there = ", ".join(node.name for node in self.nodes()) or "none"
-            raise ClusterError(f"Cluster {self.name!r} has no node {name!r}; its nodes: {there}.")
-        return Node(name, self.paths, self.binaries)
+            self._wait_ready(api, started, before)
 
     def _planned_nodes(self) -> list[Node]:
         there = len(self.nodes())
@@ -328,13 +168,21 @@ class Cluster:
                 if member != node.name:
                     self.network.add_route(member, node.index)
 
-    def _wait_ready(self, api: KubeApi, node: Node) -> None:
+    def _start_agents(self, api: KubeApi, hub: Hub, node: Node) -> str | None:
+        """Start what runs beside containerd; return when the last kubelet was last heard, None if it still runs."""
+        before = None if node.record("kubelet") else _renewed(api, node)
+        node.start_agents(hub.pki)
+        return before
+
+    def _wait_ready(self, api: KubeApi, node: Node, before: str | None) -> None:
         component = node.component("kubelet")
 
         def ready() -> bool:
             if not self.running(component):
                 raise ended(component, self.paths.log(component))
-            return conditions(api.get(f"/api/v1/nodes/{node.name}")).get("Ready") == "True"
+            # Ready may be the word of a kubelet that ended a moment ago: a new one is there when it renews the Lease.
+            heard = before is None or _renewed(api, node) != before
+            return heard and conditions(api.get(f"/api/v1/nodes/{node.name}")).get("Ready") == "True"
 
         wait_until(
             ready,
@@ -343,19 +191,6 @@ class Cluster:
             log=self.paths.log(component),
             progress=self._progress,
         )
-
-    def _resolve(self, pod: str) -> tuple[str, dict[str, str]]:
-        """Return (uid, {container id: name}) of a pod given by uid or by NAMESPACE/NAME."""
-        if "/" not in pod:
-            return pod, {}
-        namespace, _, name = pod.partition("/")
-        found = self.api().get(f"/api/v1/namespaces/{namespace}/pods/{name}")
-        if found is None:
-            raise ClusterError(f"There is no pod {pod}.")
-        status = found.get("status", {})
-        statuses = [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
-        names = {s.get("containerID", "").rpartition("/")[2]: s["name"] for s in statuses}
-        return found["metadata"]["uid"], names
 
     def _records(self) -> list[Record]:
         folder = self.paths.records
@@ -372,6 +207,8 @@ class Cluster:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """One change at a time; the kernel drops the lock of a process that dies."""
+        if missing := prerequisites.missing_root():
+            raise ClusterError(missing[0])
         self.paths.lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -386,7 +223,10 @@ class Cluster:
             os.close(descriptor)
 
 
-_COREDNS = "/apis/apps/v1/namespaces/kube-system/deployments/coredns"
+def _renewed(api: KubeApi, node: Node) -> str:
+    """Return when a kubelet last renewed the node's Lease, "" for never."""
+    lease = api.get(f"/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{node.name}")
+    return "" if lease is None else str(lease["spec"].get("renewTime", ""))
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -37,7 +37,7 @@ class Hub:
         self.group = Group(f"mlxop-{paths.name}/{HUB}")
         self.pki = Pki(paths.pki)
         self._paths = paths
-        self._network = Network(paths.name)
+        self._network = Network(paths.networks)
         self._progress = progress
         self._programs = ControlPlane(
             binaries=binaries,

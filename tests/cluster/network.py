@@ -1,8 +1,8 @@
 """Network namespaces of a cluster: a hub with a bridge for the control plane, and one namespace per node.
 
 All addresses exist only inside these namespaces (198.51.100.0/24 is a documentation range, RFC 5737), so any number of
-clusters can use the same ones. There is no way out of the hub: the cluster reaches nothing but itself. Names have a
-dot, which cluster names cannot have, so ``mlxop-a.`` is a prefix of one cluster only.
+clusters can use the same ones. There is no way out of the hub: the cluster reaches nothing but itself. A namespace is
+kept by a file in the cluster's folder instead of a name in /run/netns, which would leave a mount there for good.
 """
 
 import json
@@ -18,7 +18,6 @@ POD_RANGE = "10.244.0.0/16"
 SERVICE_RANGE = "10.96.0.0/16"
 SERVICE_API = "10.96.0.1"
 MAX_NODES = 20
-_RUN = Path("/run/netns")
 _SECONDS = 20.0
 
 
@@ -60,7 +59,9 @@ def run_command(argv: Sequence[str | Path], *, stdin: str = "", seconds: float =
     except subprocess.TimeoutExpired as error:
         raise ClusterError(f"`{' '.join(words)}` gave no answer in {seconds:.0f} s.") from error
     if done.returncode:
-        raise ClusterError(f"`{' '.join(words)}` failed ({done.returncode}): {done.stderr.strip()} {stdin.strip()}")
+        raise ClusterError(
+            f"`{' '.join(words)}` failed ({done.returncode}): {done.stderr.strip()[-1500:]} {stdin[:500]}".rstrip()
+        )
     return done.stdout
 
 
@@ -68,15 +69,15 @@ class Network:
     """The namespaces of one cluster.
 
     Args:
-        cluster: the cluster's name.
+        folder: where the files lie that keep the namespaces.
     """
 
-    def __init__(self, cluster: str) -> None:
-        self._prefix = f"mlxop-{cluster}."
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def path(self, member: str) -> Path:
         """Return the namespace file of the hub or of a node."""
-        return _RUN / f"{self._prefix}{member}"
+        return self._folder / member
 
     def enter(self, member: str) -> list[str]:
         """Return the words that run a command in a member's network; no mount is touched, as `ip netns exec` would."""
@@ -84,9 +85,7 @@ class Network:
 
     def members(self) -> list[str]:
         """Return the members that have a namespace."""
-        if not _RUN.is_dir():
-            return []
-        return sorted(f.name.removeprefix(self._prefix) for f in _RUN.iterdir() if f.name.startswith(self._prefix))
+        return sorted(file.name for file in self._folder.iterdir()) if self._folder.is_dir() else []
 
     def ensure_hub(self) -> None:
         """Make the hub with its bridge, unless it is there and whole."""
@@ -110,9 +109,10 @@ class Network:
         if self._answers(node, "eth0"):
             self.link(node, up=True)
             return
+        self.unplug_for_good(node)
         self.remove(node)
         self._create(node)
-        self._batch(node, ["link set lo up", f"link add eth0 type veth peer name {node} netns {self._prefix}{HUB}"])
+        self._batch(node, ["link set lo up", f"link add eth0 type veth peer name {node} netns {self.path(HUB)}"])
         self._forwarding(node)
         self._batch(
             HUB, [f"link set {node} master br0 up", f"route replace {pod_subnet(index)} via {address} dev br0 onlink"]
@@ -137,23 +137,39 @@ class Network:
 
     def linked(self, node: str) -> bool:
         """Whether the cable between a node and the hub is plugged in."""
-        if HUB not in self.members():
-            return False
-        links = json.loads(run_command([*self.enter(HUB), "ip", "-j", "link", "show"]))
-        return any(link["ifname"] == node and "UP" in link["flags"] for link in links)
+        return "UP" in self._cables().get(node, ())
 
     def unplug_for_good(self, node: str) -> None:
         """Take a node's cable away; the namespace stays until `remove`."""
-        if self.linked(node):
+        # The kernel takes its time to clean up a namespace; its end of the cable must be gone before a new one comes.
+        if node in self._cables():
             self._batch(HUB, [f"link del {node}"])
 
     def remove(self, member: str) -> None:
         """Remove a member's namespace, if it is there."""
-        if self.path(member).exists():
-            run_command(["ip", "netns", "del", f"{self._prefix}{member}"])
+        path = self.path(member)
+        if not path.exists():
+            return
+        # A file that nothing is mounted on comes from a crash, or from before a restart of the machine.
+        if path.stat().st_dev != self._folder.stat().st_dev:
+            run_command(["umount", path])
+        path.unlink()
+
+    def _cables(self) -> dict[str, list[str]]:
+        """Return {name: flags} of the links in the hub."""
+        if HUB not in self.members():
+            return {}
+        try:
+            links = json.loads(run_command([*self.enter(HUB), "ip", "-j", "link", "show"]))
+        except ClusterError:
+            # The file of a namespace that was never finished, or did not survive a restart of the machine.
+            return {}
+        return {link["ifname"]: link["flags"] for link in links}
 
     def _create(self, member: str) -> None:
-        run_command(["ip", "netns", "add", f"{self._prefix}{member}"])
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.path(member).touch()
+        run_command(["unshare", f"--net={self.path(member)}", "true"])
 
     def _batch(self, member: str, lines: Sequence[str]) -> None:
         run_command([*self.enter(member), "ip", "-batch", "-"], stdin="\n".join(lines) + "\n")

@@ -48,7 +48,7 @@ class Node:
         self.folder = paths.node(name)
         self._paths = paths
         self._binaries = binaries
-        self._network = Network(paths.name)
+        self._network = Network(paths.networks)
 
     @property
     def stopped(self) -> bool:

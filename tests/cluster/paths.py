@@ -82,6 +82,11 @@ class ClusterPaths:
         """API server's audit log, one JSON event a line."""
         return self.root / "audit.log"
 
+    @property
+    def networks(self) -> Path:
+        """One file per network namespace."""
+        return self.root / "netns"
+
     def node(self, node: str) -> Path:
         """Folder of one node."""
         return self.root / "nodes" / node
