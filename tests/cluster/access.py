@@ -14,7 +14,7 @@ from tests.cluster.kubeapi import KubeApi
 from tests.cluster.network import Network, node_index, run_command
 from tests.cluster.node import DAEMONS, Node, forward_command
 from tests.cluster.paths import ClusterPaths
-from tests.cluster.processes import Record, command_line, spawn
+from tests.cluster.processes import Record, command_line, environment, spawn
 from tests.cluster.waiting import Progress, wait_until
 
 _SANDBOX = "/pause"
@@ -145,7 +145,9 @@ class ClusterAccess:
         """
         words = [*self.network.enter(node), *argv]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
+            done = subprocess.run(
+                words, capture_output=True, text=True, timeout=seconds, env=environment(), check=False
+            )
         except subprocess.TimeoutExpired as error:
             raise ClusterError(f"`{' '.join(argv)}` in {node} gave no answer in {seconds:.0f} s.") from error
         if check and done.returncode:

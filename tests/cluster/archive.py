@@ -70,7 +70,9 @@ class Archive:
         except FileNotFoundError as error:
             raise ClusterError(f"Image archive {path}: no such file or folder; build the image first.") from error
         except tarfile.TarError as error:
-            raise ClusterError(f"Image archive {path} is neither a folder nor a tar ({error}).") from error
+            raise ClusterError(
+                f"Image archive {path} is neither a folder nor a tar: give an OCI layout or an archive."
+            ) from error
         with self._opened() as files:
             if "index.json" in self._sizes:
                 self.images = self._oci(files)

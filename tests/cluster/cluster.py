@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from tests.cluster.errors import ClusterError
 from tests.cluster.hub import Hub
 from tests.cluster.kubeapi import KubeApi, conditions
 from tests.cluster.load import load_archives
-from tests.cluster.network import HUB, MAX_NODES, node_name
+from tests.cluster.network import HUB, MAX_NODES, node_name, run_command
 from tests.cluster.node import Node
 from tests.cluster.paths import DEFAULT_NAME
 from tests.cluster.processes import Record
@@ -169,8 +168,9 @@ class Cluster(ClusterAccess):
                     self.network.add_route(member, node.index)
 
     def _start_agents(self, api: KubeApi, hub: Hub, node: Node) -> str | None:
-        """Start what runs beside containerd; return when the last kubelet was last heard, None if it still runs."""
-        before = None if node.record("kubelet") else _renewed(api, node)
+        """Start what runs beside containerd; return when an ended kubelet was last heard whose word still stands."""
+        stands = _ready(api, node) and not node.record("kubelet")
+        before = _renewed(api, node) if stands else None
         node.start_agents(hub.pki)
         return before
 
@@ -182,7 +182,7 @@ class Cluster(ClusterAccess):
                 raise ended(component, self.paths.log(component))
             # Ready may be the word of a kubelet that ended a moment ago: a new one is there when it renews the Lease.
             heard = before is None or _renewed(api, node) != before
-            return heard and conditions(api.get(f"/api/v1/nodes/{node.name}")).get("Ready") == "True"
+            return heard and _ready(api, node)
 
         wait_until(
             ready,
@@ -202,7 +202,7 @@ class Cluster(ClusterAccess):
         for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
             where = Path(line.split()[4].replace("\\040", " "))
             if where.is_relative_to(self.paths.root):
-                subprocess.run(["umount", "--lazy", str(where)], check=True, timeout=20)
+                run_command(["umount", "--lazy", where])
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -221,6 +221,10 @@ class Cluster(ClusterAccess):
             yield
         finally:
             os.close(descriptor)
+
+
+def _ready(api: KubeApi, node: Node) -> bool:
+    return conditions(api.get(f"/api/v1/nodes/{node.name}")).get("Ready") == "True"
 
 
 def _renewed(api: KubeApi, node: Node) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.cluster.errors import ClusterError
+from tests.cluster.processes import environment
 
 HUB = "hub"
 HUB_ADDRESS = "198.51.100.1"
@@ -55,7 +56,9 @@ def run_command(argv: Sequence[str | Path], *, stdin: str = "", seconds: float =
     """
     words = [str(word) for word in argv]
     try:
-        done = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run(
+            words, input=stdin, capture_output=True, text=True, timeout=seconds, env=environment(), check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise ClusterError(f"`{' '.join(words)}` gave no answer in {seconds:.0f} s.") from error
     if done.returncode:

@@ -1,6 +1,5 @@
 """One node: containerd, kubelet and kube-proxy in a network and a mount namespace of their own."""
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from tests.cluster.network import HUB_ADDRESS, Network, node_address, node_index
 from tests.cluster.paths import ClusterPaths
 from tests.cluster.pki import Pki
 from tests.cluster.prerequisites import find_program
-from tests.cluster.processes import Record, spawn
+from tests.cluster.processes import Record, environment, spawn
 from tests.cluster.waiting import ended, wait_until
 
 API_PORT = 6443
@@ -197,7 +196,7 @@ class Node:
         return True
 
     def _spawn(self, daemon: str, argv: list[str]) -> None:
-        path = f"{self._binaries}:{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"
+        path = f"{self._binaries}:{environment()['PATH']}"
         component = self.component(daemon)
         spawn(
             argv,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.cluster import cgroups
 from tests.cluster.errors import ClusterError
+from tests.cluster.processes import environment
 
 # Images unpacked on two nodes, logs, etcd.
 DISK_NEEDED_BYTES = 4 << 30
@@ -22,7 +23,6 @@ _PROGRAMS = {
     "mount": "mount",
 }
 _CAPABILITIES = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN"}
-_SYSTEM_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 _BRIDGE_FILTER = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
 # These are replaced by private ones inside a node.
 _HIDDEN_IN_NODES = (Path("/run"), Path("/var/run"), Path("/var/log"), Path("/var/lib"))
@@ -30,7 +30,7 @@ _HIDDEN_IN_NODES = (Path("/run"), Path("/var/run"), Path("/var/log"), Path("/var
 
 def find_program(name: str) -> str | None:
     """Return the path of a program; the system's folders count even when PATH lacks them (as for a plain `su`)."""
-    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}")
+    return shutil.which(name, path=environment()["PATH"])
 
 
 def check_cluster(root: Path, *, port: int = 0) -> None:

@@ -136,7 +136,7 @@ def spawn(
         (os.POSIX_SPAWN_OPEN, 1, str(log), flags, 0o644),
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
-    pid = os.posix_spawn(shell, arguments, dict(env or os.environ), file_actions=actions, setsid=True)
+    pid = os.posix_spawn(shell, arguments, dict(env or environment()), file_actions=actions, setsid=True)
     started = Record.of(pid)
 
     def recorded() -> Record | None:
@@ -145,6 +145,12 @@ def spawn(
         return Record.read(record)
 
     return wait_until(recorded, what=f"{record.name} is started", seconds=20, log=log)
+
+
+def environment() -> dict[str, str]:
+    """Return this process's environment, with the system's folders at the end of PATH: a plain `su` leaves them out."""
+    path = os.environ.get("PATH", "")
+    return {**os.environ, "PATH": f"{path}:/usr/sbin:/usr/bin:/sbin:/bin"}
 
 
 def command_line(pid: int) -> str:
