@@ -1,0 +1,93 @@
+"""`status.brief`: the state for a person, from the rest of the status and nothing else."""
+
+from mlx_operator_api.conditions import ConditionType, Reason
+from mlx_operator_api.runner import RunnerState
+from mlx_operator_api.status import Condition, RunnerStatus, Status
+
+from .messages import listed, one_line, without_who
+from .problems import without_remedy
+
+
+def brief(status: Status) -> tuple[str, ...]:
+    """Headline; one line a rank, the cause first; what to do."""
+    ready = status.condition(ConditionType.READY)
+    if ready is None:
+        return ()
+    lines = [_headline(status, ready)]
+    why = _why(status, ready)
+    if why:
+        lines.append(why)
+    cause = _cause(status)
+    ranks = sorted(status.runners, key=lambda record: (record.rank != cause, record.rank))
+    lines += [_rank_line(status, record) for record in ranks]
+    if ready.status != "True" and ready.reason.remedy:
+        lines.append(f"do: {ready.reason.remedy}")
+    return tuple(one_line(line) for line in lines)
+
+
+def _failing(status: Status) -> bool:
+    condition = status.condition(ConditionType.RUNNER_FAILED)
+    return condition is not None and condition.status == "True"
+
+
+def _cause(status: Status) -> int | None:
+    return status.history[0].rank if _failing(status) and status.history else None
+
+
+def _headline(status: Status, ready: Condition) -> str:
+    if ready.status == "True":
+        return f"Ready: {ready.message}"
+    if ready.reason is Reason.SUSPENDED:
+        return f"Suspended: {ready.message}"
+    stalled = status.condition(ConditionType.STALLED)
+    if stalled is not None and stalled.status == "True":
+        return f"Stalled: {ready.reason}{_after(status, ready)}"
+    reconciling = status.condition(ConditionType.RECONCILING)
+    words = reconciling.message if reconciling is not None else ready.reason
+    if ready.reason in (Reason.SUSPENDED, *_problems(status)):
+        words = ready.reason
+    return f"Not ready: {words}{_after(status, ready)}"
+
+
+def _problems(status: Status) -> tuple[Reason, ...]:
+    """Reasons of what is in the way though no runner failed."""
+    kinds = (ConditionType.SCHEDULED, ConditionType.MODEL_AVAILABLE)
+    found = (status.condition(kind) for kind in kinds)
+    return tuple(c.reason for c in found if c is not None and c.status == "False" and c.reason.remedy)
+
+
+def _after(status: Status, ready: Condition) -> str:
+    if not _failing(status) or not status.history:
+        return ""
+    last = status.history[0]
+    if last.reason is ready.reason and status.next_restart_at is None and last.epoch == status.epoch:
+        return f" on rank {last.rank}"
+    return f" after {last.reason} on rank {last.rank}"
+
+
+def _why(status: Status, ready: Condition) -> str:
+    """The words of what is in the way, where no rank's line has them."""
+    failure = status.history[0].message if _failing(status) and status.history else None
+    if ready.status == "True" or not ready.reason.remedy or (failure and ready.message.startswith(failure)):
+        return ""
+    return f"why: {without_remedy(ready.message, ready.reason)}"
+
+
+def _rank_line(status: Status, record: RunnerStatus) -> str:
+    name = f"rank {record.rank}/{len(status.runners)} {record.pod or '?'}" + (
+        f" on {record.node}" if record.node else ""
+    )
+    failure, cause = record.last_failure, _cause(status)
+    consequence = (
+        " (consequence)"
+        if cause is not None and record.rank != cause and record.state in (RunnerState.SHUTDOWN, RunnerState.FAILED)
+        else ""
+    )
+    details = [f"{record.state}{consequence}"]
+    if record.state is RunnerState.FAILED and failure is not None:
+        details.append(without_who(failure.message))
+    else:
+        details += [f"layers {record.layers}" if record.layers else "", record.progress or ""]
+        if failure is not None:
+            details.append(f"last failure {failure.reason} in epoch {failure.epoch}")
+    return f"{name}: {listed(*details)}"

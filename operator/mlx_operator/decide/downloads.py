@@ -1,0 +1,93 @@
+"""The model's files: who has them, and when a failed download is tried again.
+
+A failed download fails no runner: its rank stays Idle. Attempt k+1 is due 5 minutes times k after the first failure of
+the epoch, so the times follow from what is recorded and a retry that fails the same way writes nothing.
+"""
+
+from datetime import timedelta
+
+from mlx_operator_api.conditions import ConditionType, Reason, Retry
+from mlx_operator_api.runner import ORDER, RunnerState, TaskName
+from mlx_operator_api.status import LastFailure, RunnerStatus, Status
+from mlx_operator_api.tasks import TaskOutcome, TaskPhase
+
+from .messages import one_line
+from .picture import Clock, Picture, Rank, who
+
+RETRY_SECONDS = 300.0
+
+
+def available(rank: Rank, epoch: int, status: Status) -> bool:
+    """Whether this rank has every file it needs."""
+    if rank.record.epoch != epoch:
+        return False
+    report = rank.in_epoch(epoch)
+    if report is not None:
+        return report.model_available
+    # Not heard by this process yet: as status has it.
+    condition = status.condition(ConditionType.MODEL_AVAILABLE)
+    known = condition is not None and condition.status == "True"
+    return known or ORDER[rank.record.state] >= ORDER[RunnerState.CONNECTING]
+
+
+def failed(rank: Rank, epoch: int) -> TaskOutcome | None:
+    """The outcome of a download that failed and left the rank Idle."""
+    report = rank.in_epoch(epoch)
+    if report is None or report.state is not RunnerState.IDLE or report.model_available:
+        return None
+    outcome = rank.outcome(TaskName.DOWNLOAD_MODEL)
+    return outcome if outcome is not None and outcome.phase is TaskPhase.FAILED else None
+
+
+def lasting(record: RunnerStatus) -> LastFailure | None:
+    """The recorded failure of a download, through later attempts, until the rank gets beyond it."""
+    noted = record.last_failure
+    if noted is None or noted.epoch != record.epoch or record.state is not RunnerState.IDLE:
+        return None
+    return noted if noted.state is RunnerState.IDLE and noted.reason is not Reason.TASK_REJECTED else None
+
+
+def attempt(rank: Rank, clock: Clock) -> int | None:
+    """The attempt that is due now: the first, one that was not acknowledged, or the next after a failure."""
+    outcome = rank.outcome(TaskName.DOWNLOAD_MODEL)
+    if outcome is None or outcome.phase is TaskPhase.REJECTED:
+        return 1
+    if outcome.phase is not TaskPhase.FAILED:
+        return None
+    if (outcome.reason or Reason.MODEL_UNREACHABLE).retry is Retry.NEVER:
+        return None
+    noted = rank.record.last_failure
+    first = noted.time if noted is not None and noted.epoch == outcome.epoch else clock.stamp
+    due = first + timedelta(seconds=RETRY_SECONDS * outcome.attempt)
+    return outcome.attempt + 1 if clock.passed(due) else None
+
+
+def note(picture: Picture, status: Status) -> Status:
+    """Record failed downloads and rejected tasks as the last failure of their rank, once each."""
+    runners = tuple(_noted(picture, record, status.epoch) for record in status.runners)
+    return status.model_copy(update={"runners": runners})
+
+
+def _noted(picture: Picture, record: RunnerStatus, epoch: int) -> RunnerStatus:
+    rank = picture.ranks[record.rank]
+    report = rank.in_epoch(epoch)
+    if report is None or record.epoch != epoch:
+        return record
+    rejected = (t for t in report.tasks if t.phase is TaskPhase.REJECTED and t.epoch == epoch)
+    outcome = failed(rank, epoch) or next(rejected, None)
+    if outcome is None:
+        return record
+    if outcome.rejection is not None:
+        reason, words = Reason.TASK_REJECTED, outcome.rejection.line()
+    else:
+        reason = outcome.reason or Reason.MODEL_UNREACHABLE
+        words = f"{outcome.name} failed: {outcome.message or reason.meaning}"
+    name = who(record.rank, picture.wanted.world_size, record.pod or "?", record.node)
+    message = one_line(f"{name}: {words}", 900)
+    known = record.last_failure
+    again = known is not None and known.epoch == epoch and known.reason is reason
+    if known is not None and again and known.message == message:
+        return record
+    time = known.time if known is not None and again else picture.clock.stamp
+    failure = LastFailure(epoch=epoch, time=time, state=report.state, reason=reason, message=message)
+    return record.model_copy(update={"last_failure": failure})

@@ -1,0 +1,160 @@
+"""Epochs: when a new one is due, and when it is given to the pods."""
+
+from datetime import timedelta
+
+from mlx_operator_api.conditions import ConditionType, Reason
+from mlx_operator_api.runner import ENDED, RunnerState
+from mlx_operator_api.status import ModelStatus, RunnerStatus, Status
+
+from . import restart, template
+from .failure import pending
+from .picture import Picture, Rank, assigned
+
+SETTLE_SECONDS = 5.0
+"""After a failure: how long the other engines have to end before CreateRunner kills them."""
+
+
+def begin(picture: Picture, status: Status) -> tuple[Status, Reason | None]:
+    """Open a new epoch where spec, annotations or the runners ask for one; also says why (None: no new epoch)."""
+    status = _settled_image(picture, status)
+    why = _why(picture, status)
+    status = status.model_copy(
+        update={
+            "spec_hash": picture.wanted.spec_hash,
+            "template_hash": template.template_hash(picture.wanted, status.runner_image or "", picture.settings),
+            "observed_retry": picture.wanted.retry,
+            "observed_restart": picture.wanted.restart,
+            "endpoint": picture.wanted.endpoint,
+            "model": _model(picture, status),
+            "runners": _runners(picture, status),
+        }
+    )
+    if why is None:
+        return status, None
+    fresh = {} if why is Reason.RESTART_REQUESTED else {"restarts": 0}
+    update = {"epoch": following(picture, status), "next_restart_at": None, **fresh}
+    return status.model_copy(update=update), why
+
+
+def following(picture: Picture, status: Status) -> int:
+    """The next epoch: above everything that status or any runner knows of."""
+    return max([status.epoch, *(rank.report.epoch for rank in picture.ranks if rank.report)]) + 1
+
+
+def _settled_image(picture: Picture, status: Status) -> Status:
+    asked = _new(picture.wanted.restart, status.observed_restart) and status.epoch > 0
+    fixed = None if asked else status.runner_image
+    image = template.image(picture.wanted, picture.settings, fixed, status.template_hash)
+    return status.model_copy(update={"runner_image": image})
+
+
+def _why(picture: Picture, status: Status) -> Reason | None:
+    wanted, old = picture.wanted, picture.stored
+    ready = old.condition(ConditionType.READY)
+    if status.epoch == 0:
+        return Reason.EPOCH_STARTED
+    if ready is not None and ready.reason is Reason.SUSPENDED:
+        return Reason.SPEC_CHANGED
+    hashed = template.template_hash(wanted, status.runner_image or "", picture.settings)
+    changed = wanted.spec_hash != status.spec_hash or hashed != status.template_hash
+    started = assigned(status) or restart.open_failure(status) is not None
+    if _new(wanted.restart, status.observed_restart):
+        return Reason.RESTART_REQUESTED
+    if changed and started:
+        return Reason.SPEC_CHANGED
+    if _new(wanted.retry, status.observed_retry) and _troubled(status):
+        return Reason.RETRY_REQUESTED
+    return Reason.EPOCH_STARTED if _overtaken(picture, status) else None
+
+
+def _new(wanted: str | None, observed: str | None) -> bool:
+    return wanted is not None and wanted != observed
+
+
+def _troubled(status: Status) -> bool:
+    stalled = status.condition(ConditionType.STALLED)
+    is_stalled = stalled is not None and stalled.status == "True"
+    return is_stalled or restart.open_failure(status) is not None or pending(status) is not None
+
+
+def _overtaken(picture: Picture, status: Status) -> bool:
+    """A runner is of an epoch that status does not know: status was restored from somewhere."""
+    limit = status.epoch if assigned(status) else status.epoch - 1
+    return any(rank.report is not None and rank.report.epoch > limit for rank in picture.ranks)
+
+
+def _model(picture: Picture, status: Status) -> ModelStatus:
+    source = picture.wanted.spec.model.source
+    known = status.model
+    return known if known is not None and known.source == source else ModelStatus(source=source)
+
+
+def _runners(picture: Picture, status: Status) -> tuple[RunnerStatus, ...]:
+    return tuple(status.runner(rank.rank) for rank in picture.ranks)
+
+
+def start(picture: Picture, status: Status) -> Status:
+    """Give the epoch to the pods, all at once, when every supervisor can take it.
+
+    The record of pod and incarnation is written before the first CreateRunner is sent: another pod or process never
+    gets a runner of the same epoch, so no epoch runs two engines of one rank.
+    """
+    clock = picture.clock
+    if assigned(status) or restart.final_failure(status) is not None:
+        return status
+    if status.next_restart_at is not None and not clock.passed(status.next_restart_at):
+        return status
+    if not all(_can_start(rank, status) for rank in picture.ranks) or not _settled(picture, status):
+        return status
+    return status.model_copy(
+        update={
+            "next_restart_at": None,
+            "runners": tuple(_joined(picture, rank, status) for rank in picture.ranks),
+        }
+    )
+
+
+def _can_start(rank: Rank, status: Status) -> bool:
+    if not rank.reachable or rank.report is None or rank.pod is None:
+        return False
+    return rank.pod.template_hash == status.template_hash and not rank.report.draining and not rank.node_lost
+
+
+def _joined(picture: Picture, rank: Rank, status: Status) -> RunnerStatus:
+    pod, report = rank.pod, rank.report
+    return status.runner(rank.rank).model_copy(
+        update={
+            "pod": pod.name if pod else None,
+            "pod_uid": pod.uid if pod else None,
+            "node": pod.node if pod else None,
+            "incarnation": report.incarnation if report else None,
+            "epoch": status.epoch,
+            "state": RunnerState.PENDING,
+            "since": picture.clock.stamp,
+            "layers": None,
+            "progress": None,
+        }
+    )
+
+
+def survivors(picture: Picture, status: Status) -> tuple[Rank, ...]:
+    """Ranks whose engine belongs to an epoch that is over, and still runs."""
+    over = restart.open_failure(status)
+    last = over.epoch if over is not None else status.epoch - 1
+    return tuple(
+        rank
+        for rank in picture.ranks
+        if rank.alive
+        and rank.report is not None
+        and 0 < rank.report.epoch <= last
+        and rank.report.state not in ENDED
+        and rank.report.state is not RunnerState.PENDING
+    )
+
+
+def _settled(picture: Picture, status: Status) -> bool:
+    """The other engines of a failed epoch have said their last word; those of a planned restart have drained."""
+    if not survivors(picture, status):
+        return True
+    failure = restart.open_failure(status)
+    return failure is not None and picture.clock.passed(failure.time + timedelta(seconds=SETTLE_SECONDS))

@@ -1,0 +1,237 @@
+"""What went wrong with one rank of an epoch: from its own report, its pod, its node, or its silence."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from mlx_operator_api.conditions import Reason
+from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS
+from mlx_operator_api.runner import RunnerState, TaskName
+from mlx_operator_api.status import LastFailure
+from mlx_operator_api.tasks import TaskPhase
+
+from . import picture as pictures
+from .messages import clock_time, evidence_line, listed, one_line, signal_name
+from .picture import Picture, Rank
+from .pods import PodView, Terminated
+
+_GRACE = timedelta(seconds=OPERATOR_GRACE_SECONDS)
+_DEADLINES = {
+    RunnerState.PENDING: ("shutdown", Reason.RUNNER_UNREACHABLE, "did not accept CreateRunner"),
+    RunnerState.CONNECTING: ("connect", Reason.CONNECT_TIMEOUT, "not connected"),
+    RunnerState.LOADING: ("load", Reason.LOAD_TIMEOUT, "not loaded"),
+    RunnerState.WARMING_UP: ("warmup", Reason.WARMUP_TIMEOUT, "not warmed up"),
+}
+_WEAK, _VAGUE, _GENERIC, _SPECIFIC = 4, 3, 2, 1
+_STRENGTH = {
+    Reason.PEER_LOST: _WEAK,
+    Reason.RUNNER_UNREACHABLE: _VAGUE,
+    Reason.CONNECT_TIMEOUT: _VAGUE,
+    Reason.TASK_REJECTED: _VAGUE,
+    Reason.CONTAINER_CRASHED: _GENERIC,
+    Reason.POD_DELETED: _GENERIC,
+    Reason.EVICTED: _GENERIC,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One failure of one rank, as observed."""
+
+    rank: int
+    reason: Reason
+    what: str
+    """What and evidence, without who."""
+    state: RunnerState
+    time: datetime
+    """When it happened, as far as known: orders the failures of one epoch."""
+    exit_code: int | None = None
+    signal: str | None = None
+    diagnostics: tuple[str, ...] = ()
+    accused: int | None = None
+    """The rank that a PeerLost names."""
+
+    @property
+    def strength(self) -> int:
+        """Lower is nearer to a root cause."""
+        return strength(self.reason)
+
+    @property
+    def weak(self) -> bool:
+        """Known to be a consequence of something else."""
+        return self.strength == _WEAK
+
+
+def strength(reason: Reason) -> int:
+    """How near a reason is to a root cause: 1 names it itself, 4 is known to be a consequence."""
+    return _STRENGTH.get(reason, _SPECIFIC)
+
+
+def better(new: Evidence, old_reason: Reason, old_rank: int | None) -> bool:
+    """Whether new evidence replaces the recorded cause: stronger, and not somebody else's later trouble."""
+    old = strength(old_reason)
+    return new.strength < old and (old > _GENERIC or (old == _GENERIC and new.rank == old_rank))
+
+
+def diagnose(rank: Rank, epoch: int, picture: Picture, *, ended_by_us: bool) -> Evidence | None:
+    """The best evidence that a rank of the epoch failed, or None. `ended_by_us`: its shutdown was ordered."""
+    found = list(_all(rank, epoch, picture, ended_by_us))
+    return min(found, key=lambda e: e.strength, default=None)
+
+
+def _all(rank: Rank, epoch: int, picture: Picture, ended_by_us: bool) -> Iterator[Evidence]:
+    for evidence in (
+        _node(rank, picture),
+        _pod(rank, picture),
+        _report(rank, epoch, ended_by_us),
+        _container(rank, epoch, picture),
+    ):
+        if evidence is not None:
+            yield evidence
+    if ended_by_us:
+        return
+    late = _deadline(rank, epoch, picture) or _silence(rank, picture)
+    if late is not None:
+        yield late
+
+
+def _node(rank: Rank, picture: Picture) -> Evidence | None:
+    pod, node = rank.pod, rank.record.node
+    gone = pod is None or pod.uid != rank.record.pod_uid
+    lost = rank.node_lost if not gone else pictures.node_lost(node, False, picture.observed)
+    if not lost:
+        return None
+    known = picture.observed.nodes.get(node or "")
+    since = f" since {clock_time(known.since)}" if known and known.since else ""
+    what = f"node {node} is NotReady{since}" if known else f"node {node} is gone"
+    reason = f" ({known.reason})" if known and known.reason else ""
+    return _make(rank, Reason.NODE_LOST, what + reason, (known and known.since) or picture.clock.now)
+
+
+def _pod(rank: Rank, picture: Picture) -> Evidence | None:
+    pod, record, now = rank.pod, rank.record, picture.clock.now
+    if pod is None or pod.uid != record.pod_uid:
+        return _make(rank, Reason.POD_DELETED, f"its pod (uid {(record.pod_uid or '?')[:8]}) is gone", now)
+    if pod.over or pod.disruption:
+        words = pod.disruption or listed(pod.reason, pod.message) or f"phase {pod.phase}"
+        return _make(rank, Reason.EVICTED, f"its pod was evicted: {one_line(words, 400)}", now)
+    if pod.deleting:
+        return _make(rank, Reason.POD_DELETED, "its pod is being deleted", now)
+    return None
+
+
+def _report(rank: Rank, epoch: int, ended_by_us: bool) -> Evidence | None:
+    report = rank.in_epoch(epoch)
+    if report is None:
+        return None
+    if report.state is RunnerState.FAILED and report.failure is not None:
+        return _from_failure(rank, report.failure, report.peer)
+    if report.state in (RunnerState.SHUTTING_DOWN, RunnerState.SHUTDOWN) and not ended_by_us:
+        return _make(rank, Reason.EVICTED, "its supervisor was told to stop (SIGTERM)", report.since)
+    return None
+
+
+def _from_failure(rank: Rank, failure: LastFailure, accused: int | None) -> Evidence:
+    state = failure.state
+    what = failure.message if state in failure.message else f"{failure.message} in {state}"
+    return Evidence(
+        rank=rank.rank,
+        reason=failure.reason,
+        what=one_line(what, 800),
+        state=state,
+        time=failure.time,
+        exit_code=failure.exit_code,
+        signal=failure.signal,
+        diagnostics=failure.diagnostics,
+        accused=accused,
+    )
+
+
+def _container(rank: Rank, epoch: int, picture: Picture) -> Evidence | None:
+    pod, report, record = rank.pod, rank.report, rank.record
+    if pod is None or pod.uid != record.pod_uid:
+        return None
+    replaced = report is not None and report.incarnation != record.incarnation
+    down = pod.container.terminated is not None or (pod.container.waiting != "" and pod.container.last is not None)
+    if not replaced and not down:
+        return None
+    before = report.predecessor if report is not None and replaced else None
+    ended = pod.container.ended
+    oom = ended is not None and ended.reason == "OOMKilled"
+    if before is not None and before.epoch == epoch:
+        if before.failure is not None and not oom:
+            return _from_failure(rank, before.failure, None)
+        state = before.state
+    else:
+        state = record.state
+    return _ended(rank, pod, ended, state, picture.clock.now)
+
+
+def _ended(rank: Rank, pod: PodView, ended: Terminated | None, state: RunnerState, now: datetime) -> Evidence:
+    if ended is None:
+        return _make(rank, Reason.CONTAINER_CRASHED, f"container ended in {state}", now, state)
+    oom = ended.reason == "OOMKilled"
+    signal = signal_name(ended.signal) if ended.signal else None
+    code = f"container ended with exit code {ended.exit_code}" + (f" ({signal})" if signal else "")
+    log = evidence_line(ended.message)
+    # No limit is no proof that the node's memory was short: say what was observed.
+    memory = (f"memory limit {pod.memory_limit}" if pod.memory_limit else "no memory limit") if oom else ""
+    return Evidence(
+        rank=rank.rank,
+        reason=Reason.OUT_OF_MEMORY if oom else Reason.CONTAINER_CRASHED,
+        what=listed(f"{code} in {state}", "OOMKilled" if oom else "", memory, f"last words: {log}" if log else ""),
+        state=state,
+        time=ended.finished or now,
+        exit_code=ended.exit_code,
+        signal=signal,
+        diagnostics=(log,) if log else (),
+    )
+
+
+def _deadline(rank: Rank, epoch: int, picture: Picture) -> Evidence | None:
+    if not rank.alive:
+        return None
+    state, since = pictures.effective(rank, epoch), rank.record.since
+    if rank.record.state is not state or since is None:
+        return None
+    download = rank.outcome(TaskName.DOWNLOAD_MODEL)
+    if state is RunnerState.IDLE and download is not None and download.phase is TaskPhase.RUNNING:
+        name, reason, what = "download", Reason.DOWNLOAD_TIMEOUT, "the model's files are not there"
+    elif state in _DEADLINES:
+        name, reason, what = _DEADLINES[state]
+    else:
+        return _rejected(rank, epoch, picture)
+    limit = picture.wanted.deadline(name)
+    if not picture.clock.passed(since + limit + _GRACE):
+        return None
+    progress = f" at {rank.record.progress}" if rank.record.progress else ""
+    text = f"{what} within {limit.total_seconds():g} s{progress}, and its supervisor did not end it"
+    return _make(rank, reason, text, picture.clock.now, state)
+
+
+def _rejected(rank: Rank, epoch: int, picture: Picture) -> Evidence | None:
+    """A task that keeps being rejected although the table accepts it: the two sides differ; start again."""
+    noted = rank.record.last_failure
+    report = rank.in_epoch(epoch)
+    if noted is None or noted.reason is not Reason.TASK_REJECTED or noted.epoch != epoch or report is None:
+        return None
+    if report.state is not noted.state or not picture.clock.passed(noted.time + _GRACE):
+        return None
+    return _make(rank, Reason.TASK_REJECTED, noted.message.partition(": ")[2], noted.time, report.state)
+
+
+def _silence(rank: Rank, picture: Picture) -> Evidence | None:
+    view, clock = rank.view, picture.clock
+    if rank.pod is None or view.connected:
+        return None
+    last = view.received or picture.settings.started
+    limit = picture.wanted.deadline("unreachable")
+    if last is None or not clock.passed(last + limit):
+        return None
+    why = f": {view.error}" if view.error else ""
+    heard = f"silent since {clock_time(view.received)}" if view.received else "never heard by this operator"
+    return _make(rank, Reason.RUNNER_UNREACHABLE, f"its supervisor cannot be reached, {heard}{why}", last)
+
+
+def _make(rank: Rank, reason: Reason, what: str, time: datetime, state: RunnerState | None = None) -> Evidence:
+    return Evidence(rank=rank.rank, reason=reason, what=what, state=state or rank.record.state, time=time)

@@ -1,0 +1,179 @@
+"""The whole picture of one instance: for each rank its pod, its supervisor's word and what status remembers."""
+
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+
+from mlx_operator_api import names
+from mlx_operator_api.runner import RunnerState, TaskName
+from mlx_operator_api.status import RunnerStatus, Status
+from mlx_operator_api.tasks import PROTOCOL, RunnerReport, TaskOutcome, TaskPhase
+
+from . import pods
+from .observed import Observed, Refusal, RunnerView, Settings
+from .pods import PodView
+from .spec import Wanted
+
+
+@dataclass(slots=True)
+class Clock:
+    """The one time of a plan, and the times at which it wants to be made again."""
+
+    now: datetime
+    wakes: list[datetime] = field(default_factory=list)
+
+    @property
+    def stamp(self) -> datetime:
+        """Now as status keeps it: whole seconds, so that reading it back changes nothing."""
+        return self.now.replace(microsecond=0)
+
+    def passed(self, time: datetime) -> bool:
+        """Whether a time has come; if not, plan again then."""
+        if self.now >= time:
+            return True
+        self.wakes.append(time)
+        return False
+
+    @property
+    def requeue_at(self) -> datetime | None:
+        """The earliest of those times."""
+        return min(self.wakes, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One rank with all that is known of it."""
+
+    rank: int
+    record: RunnerStatus
+    """What status remembers of it."""
+    pod: PodView | None
+    """The pod of its name, if it is ours."""
+    foreign: PodView | None
+    """The pod of its name, if it is somebody else's."""
+    view: RunnerView
+    report: RunnerReport | None
+    """The newest report of its pod's supervisor; None: this process has heard none yet."""
+    node_lost: bool
+    """Its node is NotReady or gone, and its supervisor does not answer either."""
+    refusal: Refusal | None
+    notes: tuple[str, ...]
+
+    @property
+    def alive(self) -> bool:
+        """Its supervisor is in touch."""
+        return self.view.connected and self.report is not None
+
+    @property
+    def reachable(self) -> bool:
+        """Tasks can be sent to it, and will be understood."""
+        pod = self.pod
+        return self.alive and pod is not None and pod.runs and pod.ip is not None and self.understood
+
+    @property
+    def understood(self) -> bool:
+        """It speaks our protocol or the one before, and its last report could be read."""
+        return not self.view.undecodable and (self.report is None or self.report.protocol in (PROTOCOL, PROTOCOL - 1))
+
+    def in_epoch(self, epoch: int) -> RunnerReport | None:
+        """Its report, if it is of the process that joined this epoch and of the epoch itself."""
+        report, record = self.report, self.record
+        if report is None or self.pod is None or report.epoch != epoch or self.pod.uid != record.pod_uid:
+            return None
+        return report if report.incarnation == record.incarnation else None
+
+    def outcome(self, task: TaskName) -> TaskOutcome | None:
+        """What became of a task of the runner's present epoch; an answer goes before a rejection."""
+        report = self.report
+        found = [t for t in report.tasks if t.name is task and t.epoch == report.epoch] if report else []
+        return min(found, key=lambda t: t.phase is TaskPhase.REJECTED, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """All ranks, and what lies beside them."""
+
+    wanted: Wanted
+    stored: Status
+    """Status as the API server has it."""
+    ranks: tuple[Rank, ...]
+    surplus: tuple[PodView, ...]
+    """Our pods that no rank needs."""
+    observed: Observed
+    clock: Clock
+
+    @property
+    def settings(self) -> Settings:
+        """The operator's own configuration."""
+        return self.observed.settings
+
+    def recall(self, status: Status) -> "Picture":
+        """The same picture, with what this plan has put into status so far as the memory of each rank."""
+        ranks = tuple(replace(rank, record=status.runner(rank.rank)) for rank in self.ranks)
+        return replace(self, ranks=ranks)
+
+
+def who(rank: int, world_size: int, pod: str, node: str | None) -> str:
+    """How messages name a rank."""
+    return f"rank {rank}/{world_size} pod {pod}" + (f" on node {node}" if node else "")
+
+
+def assigned(status: Status) -> bool:
+    """The epoch was given to its pods: CreateRunner may have been sent. Recorded before it is, in one write."""
+    return any(record.epoch == status.epoch for record in status.runners) and status.epoch > 0
+
+
+def effective(rank: Rank, epoch: int) -> RunnerState:
+    """The state of a rank in an epoch: its report's, or what status remembers until there is one. Running is Ready."""
+    if rank.record.epoch != epoch:
+        return RunnerState.PENDING
+    report = rank.in_epoch(epoch)
+    state = rank.record.state if report is None else report.state
+    return RunnerState.READY if state is RunnerState.RUNNING else state
+
+
+def look(observed: Observed, wanted: Wanted, status: Status, clock: Clock) -> Picture:
+    """Sort what was observed by rank."""
+    views = [pods.view(pod) for pod in observed.pods]
+    by_name = {pod.name: pod for pod in views}
+    wanted_names = {names.pod_name(wanted.name, rank): rank for rank in range(wanted.world_size)}
+    surplus = tuple(p for p in views if p.owner_uid == wanted.uid and p.name not in wanted_names)
+    ranks = tuple(
+        _rank(rank, by_name.get(name), observed, wanted, status, clock) for name, rank in wanted_names.items()
+    )
+    return Picture(wanted, status, ranks, surplus, observed, clock)
+
+
+def _rank(rank: int, found: PodView | None, observed: Observed, wanted: Wanted, status: Status, clock: Clock) -> Rank:
+    ours = found is not None and found.owner_uid == wanted.uid
+    pod = found if ours else None
+    view = observed.runners.get(pod.uid, RunnerView()) if pod else RunnerView()
+    report = view.report
+    if report is not None and (report.instance_uid != wanted.uid or report.rank != rank):
+        report = None
+    silent = _silent(view, wanted.deadline("unreachable"), observed.settings, clock)
+    return Rank(
+        rank=rank,
+        record=status.runner(rank),
+        pod=pod,
+        foreign=None if ours else found,
+        view=view,
+        report=report,
+        node_lost=pod is not None and silent and node_lost(pod.node, pod.deleting, observed),
+        refusal=observed.refusals.get(names.pod_name(wanted.name, rank)),
+        notes=observed.pod_events.get(pod.uid, ()) if pod else (),
+    )
+
+
+def _silent(view: RunnerView, deadline: timedelta, settings: Settings, clock: Clock) -> bool:
+    """Whether a supervisor is out of touch. One that this process has not met yet gets its deadline first."""
+    if view.connected:
+        return view.received is not None and clock.now - view.received > deadline
+    return view.report is not None or settings.started is None or clock.passed(settings.started + deadline)
+
+
+def node_lost(node: str | None, deleting: bool, observed: Observed) -> bool:
+    """Whether a node is gone. An unknown one counts only for a pod that is being deleted: news may still be due."""
+    if node is None or not observed.settings.watch_nodes:
+        return False
+    known = observed.nodes.get(node)
+    return deleting if known is None else not known.ready

@@ -1,0 +1,57 @@
+"""`plan()`: from what was observed to the status to write, the actions and the events. Pure.
+
+The rules stand in the order of the lifecycle: invalid spec, suspend, new epoch (spec, template, annotations), failure
+of the epoch, start of the epoch, children, tasks. Status carries all memory: the same observation and status always
+give the same plan, and a plan that was carried out gives an empty one.
+"""
+
+from datetime import datetime
+
+from mlx_operator_api.conditions import Reason
+from mlx_operator_api.source import SourceKind
+from mlx_operator_api.status import Status
+
+from . import children, downloads, epoch, events, facts, failure, picture, problems, restart, runners, tasks, writes
+from .actions import Plan
+from .facts import Situation
+from .halts import refuse, suspend
+from .observed import Observed
+from .picture import Clock, Picture
+from .spec import InvalidSpecError, Wanted, parse
+from .stored import finish, read
+
+
+def plan(observed: Observed, now: datetime) -> Plan:
+    """Decide what is to be done for one ModelInstance."""
+    old, clock = read(observed.instance), Clock(now)
+    if observed.instance["metadata"].get("deletionTimestamp"):
+        # The garbage collector removes the children; they drain by themselves.
+        return Plan(old)
+    try:
+        wanted = parse(observed.instance)
+    except InvalidSpecError as error:
+        return refuse(observed.instance, old, Reason.INVALID_SPEC, str(error), clock)
+    if wanted.source.kind is SourceKind.HUB:
+        words = f"spec.model.source: {wanted.spec.model.source}: this release cannot read hf:// sources"
+        return refuse(observed.instance, old, Reason.SOURCE_UNSUPPORTED, words, clock)
+    view = picture.look(observed, wanted, old, clock)
+    return suspend(view) if wanted.suspended else _go_on(view, wanted, old)
+
+
+def _go_on(view: Picture, wanted: Wanted, old: Status) -> Plan:
+    status = old.model_copy(update={"restarts": restart.spent(old, wanted.restarts, view.clock.now)})
+    status, opened = epoch.begin(view, status)
+    status = failure.examine(view.recall(status), status)
+    status = epoch.start(view.recall(status), status)
+    status = downloads.note(view.recall(status), status)
+    status = runners.update(view.recall(status), status)
+    return _conclude(view.recall(status), status, opened)
+
+
+def _conclude(view: Picture, status: Status, opened: Reason | None) -> Plan:
+    situation = Situation(view, status, problems.find(view, status))
+    status = finish(status, facts.all_of(situation), view.stored, view.wanted.generation, view.clock)
+    told = events.tell(view.stored, Situation(view, status, situation.problem), opened)
+    actions = (*children.keep(view, status), *tasks.send(view, status))
+    written = writes.worth_writing(view.stored, status, view.clock)
+    return Plan(written, actions, told if written is status else (), view.clock.requeue_at)

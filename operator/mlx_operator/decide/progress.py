@@ -1,0 +1,26 @@
+"""Progress in coarse steps: enough for a person, too few to load the API server."""
+
+from datetime import timedelta
+
+from mlx_operator_api.runner import RunnerState
+from mlx_operator_api.tasks import RunnerReport
+
+QUICK_SECONDS = 60.0
+"""What is done within this time is shown in halves only; longer work in steps of 10 %."""
+
+
+def text(report: RunnerReport, age: timedelta) -> str | None:
+    """Progress of the present state, or None where there is nothing to show."""
+    if report.state is RunnerState.IDLE and report.download_percent is not None and not report.model_available:
+        return f"download {_coarse(report.download_percent, 100, age)} %"
+    if report.state in (RunnerState.LOADING, RunnerState.FAILED) and report.layers_total > 0:
+        # What a failure stopped at is final, so exact.
+        exact = report.state is RunnerState.FAILED
+        done = report.layers_loaded if exact else _coarse(report.layers_loaded, report.layers_total, age)
+        return f"{done}/{report.layers_total} layers"
+    return None
+
+
+def _coarse(done: int, total: int, age: timedelta) -> int:
+    steps = 2 if age.total_seconds() <= QUICK_SECONDS else 10
+    return done * steps // total * total // steps

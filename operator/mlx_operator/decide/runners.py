@@ -1,0 +1,71 @@
+"""`status.runners`: every rank's pod, node, state and progress. States never go back within an epoch."""
+
+from datetime import timedelta
+
+from mlx_operator_api import names
+from mlx_operator_api.runner import ENDED, ORDER, RunnerState
+from mlx_operator_api.status import ModelStatus, RunnerStatus, Status
+
+from . import progress
+from .picture import Picture, Rank, effective
+
+
+def update(picture: Picture, status: Status) -> Status:
+    """Bring every rank's entry, and what they sum up to, to what was observed."""
+    runners = tuple(_entry(picture, rank, status) for rank in picture.ranks)
+    ready = sum(r.epoch == status.epoch and r.state is RunnerState.READY for r in runners)
+    return status.model_copy(
+        update={
+            "runners": runners,
+            "ready_runners": ready,
+            "runners_ready": f"{ready}/{len(runners)}",
+            "model": _model(picture, status),
+        }
+    )
+
+
+def _entry(picture: Picture, rank: Rank, status: Status) -> RunnerStatus:
+    record, pod = rank.record, rank.pod
+    state = _state(rank, status)
+    same = state is record.state
+    since = record.since if same and record.since is not None else picture.clock.stamp
+    report = rank.in_epoch(record.epoch)
+    shown = record.progress if same or state in ENDED else None
+    if report is not None and record.epoch > 0:
+        age = picture.clock.now - since if same else timedelta()
+        shown = progress.text(report, age)
+    return record.model_copy(
+        update={
+            "pod": names.pod_name(picture.wanted.name, rank.rank),
+            "node": pod.node if pod is not None and pod.node else record.node,
+            "state": state,
+            "since": since,
+            "layers": (report.layers if report is not None else None) or record.layers,
+            "progress": shown,
+        }
+    )
+
+
+def _state(rank: Rank, status: Status) -> RunnerState:
+    """What its report says; what is recorded until there is one; Pending where neither holds any more."""
+    record = rank.record
+    if record.epoch == 0:
+        return RunnerState.PENDING
+    seen = effective(rank, record.epoch)
+    if ORDER[seen] < ORDER[record.state]:
+        seen = record.state
+    moved = rank.pod is None or rank.pod.uid != record.pod_uid
+    over = record.epoch < status.epoch
+    return RunnerState.PENDING if over and moved and seen not in ENDED else seen
+
+
+def _model(picture: Picture, status: Status) -> ModelStatus | None:
+    """What the runners found at the source."""
+    facts = next(
+        (r.model for rank in picture.ranks if (r := rank.in_epoch(status.epoch)) is not None and r.model), None
+    )
+    if status.model is None or facts is None:
+        return status.model
+    return status.model.model_copy(
+        update={"revision": facts.revision, "digest": facts.digest, "bytes": facts.bytes or None}
+    )

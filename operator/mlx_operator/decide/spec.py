@@ -1,0 +1,171 @@
+"""The desired state, parsed once: defaults applied, the source split, the annotations read."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from pydantic import ValidationError
+
+from mlx_operator_api import names, source
+from mlx_operator_api.base import parse_time, seconds
+from mlx_operator_api.modelinstance import (
+    DEFAULT_BACKOFF_INITIAL,
+    DEFAULT_BACKOFF_MAX,
+    DEFAULT_MAX_RESTARTS,
+    DEFAULT_RESET_AFTER,
+    Deadlines,
+    Spec,
+)
+from mlx_operator_api.tasks import CreateRunner, Sharding
+
+from .observed import Manifest
+
+
+class InvalidSpecError(ValueError):
+    """The stored spec cannot be used: the message names the field, its value and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestartRules:
+    """`spec.restartPolicy` with its defaults, in seconds."""
+
+    max_restarts: int
+    initial: float
+    max: float
+    reset_after: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the user wants of this ModelInstance."""
+
+    name: str
+    namespace: str
+    uid: str
+    generation: int
+    spec: Spec
+    source: source.Source
+    runner: CreateRunner
+    """What every runner is told; its hash says whether a new epoch is due."""
+    deadlines: Deadlines
+    restarts: RestartRules
+    retry: str | None
+    restart: str | None
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.spec.world_size
+
+    @property
+    def suspended(self) -> bool:
+        """`spec.suspend`."""
+        return bool(self.spec.suspend)
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients go."""
+        return names.endpoint(self.name, self.namespace)
+
+    @property
+    def spec_hash(self) -> str:
+        """Hash of what an epoch is started with: another one means that a new epoch is due."""
+        return digest(self.runner.model_dump(mode="json", by_alias=True))
+
+    def deadline(self, name: str) -> timedelta:
+        """One of `spec.deadlines`."""
+        return timedelta(seconds=self.deadlines.of(name))
+
+
+def parse(instance: Manifest) -> Wanted:
+    """Parse a ModelInstance.
+
+    Raises:
+        InvalidSpecError: the CRD's validation did not see it (an older CRD, ratcheting), and it cannot be used.
+    """
+    metadata = instance["metadata"]
+    annotations = metadata.get("annotations") or {}
+    try:
+        spec = Spec.model_validate(instance.get("spec") or {})
+        deadlines = spec.deadlines or Deadlines()
+        return Wanted(
+            name=metadata["name"],
+            namespace=metadata["namespace"],
+            uid=metadata["uid"],
+            generation=metadata.get("generation", 0),
+            spec=spec,
+            source=source.parse(spec.model.source),
+            runner=_runner(spec, metadata["name"], deadlines),
+            deadlines=_checked(deadlines),
+            restarts=_restarts(spec),
+            retry=annotations.get(names.RETRY_ANNOTATION),
+            restart=annotations.get(names.RESTART_ANNOTATION),
+        )
+    except ValidationError as error:
+        raise InvalidSpecError(_first(error)) from error
+    except ValueError as error:
+        text = str(error)
+        raise InvalidSpecError(text if text.startswith("spec.") else f"spec.model.source: {text}") from error
+
+
+def digest(data: Any) -> str:
+    """A short hash of JSON data, the same in every process."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def time_of(value: Any) -> datetime | None:
+    """A time of the API server."""
+    parsed = parse_time(value)
+    return parsed if isinstance(parsed, datetime) else None
+
+
+def _runner(spec: Spec, name: str, deadlines: Deadlines) -> CreateRunner:
+    serving = spec.serving
+    sharding = spec.sharding or Sharding.PIPELINE
+    task = CreateRunner(
+        world_size=spec.world_size,
+        sharding=sharding if spec.world_size > 1 else Sharding.PIPELINE,
+        source=spec.model.source,
+        served_name=spec.model.served_name or name,
+        deadlines=deadlines.for_runner(),
+    )
+    return task if serving is None else task.model_copy(update={"serving": serving.options()})
+
+
+def _checked(deadlines: Deadlines) -> Deadlines:
+    for name in Deadlines.model_fields:
+        deadlines.of(name)
+    return deadlines
+
+
+def _restarts(spec: Spec) -> RestartRules:
+    policy = spec.restart_policy
+    backoff = policy.backoff if policy else None
+    maximum = policy.max_restarts if policy else None
+    return RestartRules(
+        max_restarts=DEFAULT_MAX_RESTARTS if maximum is None else maximum,
+        initial=_duration("backoff.initial", backoff.initial if backoff else None, DEFAULT_BACKOFF_INITIAL),
+        max=_duration("backoff.max", backoff.max if backoff else None, DEFAULT_BACKOFF_MAX),
+        reset_after=timedelta(
+            seconds=_duration("resetAfter", policy.reset_after if policy else None, DEFAULT_RESET_AFTER)
+        ),
+    )
+
+
+def _duration(field: str, text: str | None, default: str) -> float:
+    try:
+        return seconds(text or default)
+    except ValueError as error:
+        raise ValueError(f"spec.restartPolicy.{field}: {error}") from error
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(("spec", *(str(part) for part in first["loc"])))
+    value = first.get("input")
+    shown = "" if isinstance(value, Mapping) else f" (found {json.dumps(value, default=str)[:100]})"
+    return f"{where}: {first['msg']}{shown}"

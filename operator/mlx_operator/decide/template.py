@@ -1,0 +1,253 @@
+"""The pod of a rank, and the hash that says when a pod has to be replaced.
+
+The hash is over what the user asked for, not over the rendered manifest: an upgrade of the operator that renders a pod
+differently restarts no model. `TEMPLATE_VERSION` is raised only where running pods must not stay.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_operator_api import names
+from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS, Runner
+from mlx_operator_api.source import SourceKind
+
+from .observed import Settings
+from .spec import Wanted, digest
+
+TEMPLATE_VERSION = 1
+USER = 65532
+"""The `nonroot` user of the runner image."""
+MIN_GRACE_SECONDS = 30
+TOLERATION_SECONDS = 30
+_NODE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+_CHOSEN, _DEFAULT = "chosen", "default"
+
+
+def image(wanted: Wanted, settings: Settings, fixed: str | None, known_hash: str | None) -> str:
+    """The runner image: the spec's; else the one that was fixed at the first pod; else the operator's default.
+
+    `known_hash` tells whether the fixed one came from a spec that no longer names it.
+    """
+    runner = wanted.spec.runner
+    if runner is not None and runner.image:
+        return runner.image
+    was_chosen = known_hash is not None and known_hash.startswith(_CHOSEN)
+    return settings.runner_image if fixed is None or was_chosen else fixed
+
+
+def template_hash(wanted: Wanted, image: str, settings: Settings) -> str:
+    """Hash of all that a pod is made of, the rank aside; it also tells whether the image was chosen in the spec."""
+    runner = wanted.spec.runner or Runner()
+    kind = wanted.source.kind
+    inputs = {
+        "version": TEMPLATE_VERSION,
+        "image": image,
+        "runner": runner.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"image"}),
+        # hf:// to hf:// and another path in one claim need no other pod: the runner resolves them.
+        "source": [kind, "" if kind is SourceKind.HUB else wanted.source.name],
+        "cache": wanted.spec.cache and wanted.spec.cache.model_dump(mode="json", by_alias=True, exclude_none=True),
+        "grace": grace_seconds(wanted),
+        "key": settings.key_id,
+    }
+    return f"{_CHOSEN if runner.image else _DEFAULT}-{digest(inputs)}"
+
+
+def grace_seconds(wanted: Wanted) -> int:
+    """Time a pod has to drain: the runner's own shutdown deadline and a margin."""
+    return max(MIN_GRACE_SECONDS, math.ceil(wanted.deadlines.of("shutdown") + OPERATOR_GRACE_SECONDS))
+
+
+def labels(wanted: Wanted, rank: int | None = None) -> dict[str, str]:
+    """Labels of a child."""
+    return {
+        "app.kubernetes.io/name": "mlx-runner",
+        "app.kubernetes.io/instance": wanted.name,
+        "app.kubernetes.io/component": "runner",
+        "app.kubernetes.io/part-of": "mlx-operator",
+        "app.kubernetes.io/managed-by": "mlx-operator",
+        names.INSTANCE_LABEL: wanted.name,
+        names.INSTANCE_UID_LABEL: wanted.uid,
+        **({} if rank is None else {names.RANK_LABEL: str(rank)}),
+    }
+
+
+def owner(wanted: Wanted) -> list[dict[str, Any]]:
+    """The reference by which a child is collected with its ModelInstance."""
+    return [
+        {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "name": wanted.name,
+            "uid": wanted.uid,
+            "controller": True,
+            # Needs no permission on finalizers where OwnerReferencesPermissionEnforcement is on.
+            "blockOwnerDeletion": False,
+        }
+    ]
+
+
+def pod(wanted: Wanted, rank: int, image: str, settings: Settings) -> dict[str, Any]:
+    """Manifest of the pod of a rank."""
+    runner = wanted.spec.runner or Runner()
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": names.pod_name(wanted.name, rank),
+            "namespace": wanted.namespace,
+            "labels": {**(runner.pod_labels or {}), **labels(wanted, rank)},
+            "annotations": {
+                **(runner.pod_annotations or {}),
+                names.TEMPLATE_HASH_ANNOTATION: template_hash(wanted, image, settings),
+            },
+            "ownerReferences": owner(wanted),
+        },
+        "spec": {
+            "restartPolicy": "Always",
+            "terminationGracePeriodSeconds": grace_seconds(wanted),
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": USER,
+                "runAsGroup": USER,
+                "fsGroup": USER,
+                "fsGroupChangePolicy": "OnRootMismatch",
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "tolerations": _tolerations(runner),
+            "containers": [_container(wanted, rank, image, settings)],
+            "volumes": _volumes(wanted, settings),
+            **_placement(runner),
+        },
+    }
+
+
+def _placement(runner: Runner) -> dict[str, Any]:
+    fields = {
+        "nodeSelector": runner.node_selector,
+        "affinity": runner.affinity,
+        "topologySpreadConstraints": _list(runner.topology_spread_constraints),
+        "priorityClassName": runner.priority_class_name,
+        "runtimeClassName": runner.runtime_class_name,
+        "serviceAccountName": runner.service_account_name,
+        "imagePullSecrets": runner.image_pull_secrets and [{"name": s.name} for s in runner.image_pull_secrets],
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
+def _list(values: tuple[dict[str, Any], ...] | None) -> list[dict[str, Any]] | None:
+    return None if values is None else list(values)
+
+
+def _tolerations(runner: Runner) -> list[dict[str, Any]]:
+    chosen = [t.model_dump(mode="json", by_alias=True, exclude_none=True) for t in runner.tolerations or ()]
+    ours = [
+        {"key": taint, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": TOLERATION_SECONDS}
+        for taint in _NODE_TAINTS
+        if not any(_covers(t, taint) for t in chosen)
+    ]
+    return [*chosen, *ours]
+
+
+def _covers(toleration: Mapping[str, Any], taint: str) -> bool:
+    return toleration.get("key") in (None, taint) and toleration.get("effect") in (None, "NoExecute")
+
+
+def _container(wanted: Wanted, rank: int, image: str, settings: Settings) -> dict[str, Any]:
+    runner = wanted.spec.runner or Runner()
+    resources = runner.resources
+    container: dict[str, Any] = {
+        "name": names.CONTAINER,
+        "image": image,
+        "env": _environment(wanted, rank, runner),
+        "ports": [
+            {"name": "http", "containerPort": names.PUBLIC_PORT, "protocol": "TCP"},
+            {"name": "control", "containerPort": names.CONTROL_PORT, "protocol": "TCP"},
+            {"name": "frames", "containerPort": names.FRAME_PORT, "protocol": "TCP"},
+        ],
+        "readinessProbe": {**_probe("/readyz"), "periodSeconds": 1, "timeoutSeconds": 5, "failureThreshold": 2},
+        # The supervisor answers whatever its engine does; only a dead event loop may cost a restart.
+        "livenessProbe": {**_probe("/healthz"), "periodSeconds": 10, "timeoutSeconds": 10, "failureThreshold": 6},
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": _mounts(wanted),
+    }
+    if resources is not None:
+        container["resources"] = resources.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if settings.image_pull_policy:
+        container["imagePullPolicy"] = settings.image_pull_policy
+    return container
+
+
+def _probe(path: str) -> dict[str, Any]:
+    return {"httpGet": {"path": path, "port": names.CONTROL_PORT}}
+
+
+def _environment(wanted: Wanted, rank: int, runner: Runner) -> list[dict[str, Any]]:
+    ours: list[dict[str, Any]] = [
+        {"name": names.ENV_INSTANCE, "value": wanted.name},
+        {"name": names.ENV_NAMESPACE, "value": wanted.namespace},
+        {"name": names.ENV_UID, "value": wanted.uid},
+        {"name": names.ENV_RANK, "value": str(rank)},
+        {"name": names.ENV_GRACE, "value": str(grace_seconds(wanted))},
+        _downward(names.ENV_POD_NAME, "metadata.name"),
+        _downward(names.ENV_POD_UID, "metadata.uid"),
+        _downward(names.ENV_POD_IP, "status.podIP"),
+        _downward(names.ENV_NODE_NAME, "spec.nodeName"),
+    ]
+    taken = {variable["name"] for variable in ours}
+    chosen = [v.model_dump(mode="json", by_alias=True, exclude_none=True) for v in runner.env or ()]
+    return [*ours, *(variable for variable in chosen if variable["name"] not in taken)]
+
+
+def _downward(name: str, path: str) -> dict[str, Any]:
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+
+
+def _mounts(wanted: Wanted) -> list[dict[str, Any]]:
+    mounts: list[dict[str, Any]] = [
+        {"name": "state", "mountPath": names.STATE_MOUNT},
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 (an emptyDir of the pod's own)
+        {"name": "token", "mountPath": names.TOKEN_MOUNT, "readOnly": True},
+        {"name": "cache", "mountPath": names.CACHE_MOUNT},
+    ]
+    if wanted.source.kind is not SourceKind.HUB:
+        mounts.append({"name": "model", "mountPath": names.MODEL_MOUNT, "readOnly": True})
+    return mounts
+
+
+def _volumes(wanted: Wanted, settings: Settings) -> list[dict[str, Any]]:
+    secret = names.secret_name(wanted.name, wanted.uid, settings.key_id)
+    volumes: list[dict[str, Any]] = [
+        {"name": "state", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "token", "secret": {"secretName": secret, "defaultMode": 0o440}},
+        {"name": "cache", **_cache(wanted)},
+    ]
+    match wanted.source.kind:
+        case SourceKind.CLAIM:
+            claim = {"claimName": wanted.source.name, "readOnly": True}
+            volumes.append({"name": "model", "persistentVolumeClaim": claim})
+        case SourceKind.IMAGE:
+            reference: dict[str, Any] = {"reference": wanted.source.name}
+            if settings.image_pull_policy:
+                reference["pullPolicy"] = settings.image_pull_policy
+            volumes.append({"name": "model", "image": reference})
+        case SourceKind.HUB:
+            pass
+    return volumes
+
+
+def _cache(wanted: Wanted) -> dict[str, Any]:
+    cache = wanted.spec.cache
+    if cache is not None and cache.claim_name:
+        return {"persistentVolumeClaim": {"claimName": cache.claim_name}}
+    if cache is not None and cache.size_limit is not None:
+        return {"emptyDir": {"sizeLimit": cache.size_limit}}
+    return {"emptyDir": {}}

@@ -1,0 +1,53 @@
+"""Which changes of status are worth a write now, and which wait for the next one.
+
+Every write costs the API server and everybody who watches. What decides something (an epoch, a failure, a condition
+that flips, a cause) is written at once; what only informs (a step on the way, progress, a node's name, wording) rides
+along with it, or follows when nothing was written for a while. Ready and Running are one state in status, so a busy
+instance causes no writes at all.
+"""
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from mlx_operator_api.conditions import Retry
+from mlx_operator_api.runner import ENDED, RunnerState
+from mlx_operator_api.status import RunnerStatus, Status
+
+from .picture import Clock
+
+QUIET_SECONDS = 5.0
+
+
+def worth_writing(old: Status, new: Status, clock: Clock) -> Status:
+    """The status to store: `new`, or `old` while the difference can wait."""
+    if old == new or not old.conditions or _hard(old) != _hard(new):
+        return new
+    if old == new.model_copy(update={"restarts": old.restarts}):
+        # The budget is full again after a sustained Ready: told with the next write.
+        return old
+    return new if clock.passed(_last_stamp(old) + timedelta(seconds=QUIET_SECONDS)) else old
+
+
+def _last_stamp(status: Status) -> datetime:
+    """The newest time in status: its last write was not before."""
+    times = [c.last_transition_time for c in status.conditions]
+    times += [record.since for record in status.runners if record.since is not None]
+    times += [record.last_failure.time for record in status.runners if record.last_failure is not None]
+    times += [failure.time for failure in status.history]
+    return max(times)
+
+
+def _hard(status: Status) -> tuple[Any, ...]:
+    soft = {"brief", "runners", "conditions", "ready_runners", "runners_ready", "model", "restarts"}
+    rest = status.model_dump(exclude=soft)
+    conditions = [
+        (c.type, c.status, c.observed_generation, c.reason if c.reason.retry is not Retry.NONE else None)
+        for c in status.conditions
+    ]
+    return rest, conditions, [_hard_runner(record) for record in status.runners]
+
+
+def _hard_runner(record: RunnerStatus) -> tuple[Any, ...]:
+    state = record.state if record.state in (*ENDED, RunnerState.READY) else None
+    failed = state is RunnerState.FAILED
+    return record.rank, record.pod_uid, record.epoch, record.incarnation, record.last_failure, failed

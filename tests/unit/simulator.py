@@ -1,0 +1,556 @@
+"""A pure cluster for the planner: API server, scheduler, kubelets and supervisors that decide by the real table.
+
+No I/O, no clock but its own. Faults are methods. Whatever breaks a promise of the design raises `Broken` at once.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from mlx_operator.decide.actions import Action, ApplyService, CreatePod, DeletePod, Notice, Plan, SendTask
+from mlx_operator.decide.observed import NodeView, Observed, Refusal, RunnerView, Settings
+from mlx_operator.decide.plan import plan
+from mlx_operator_api import names
+from mlx_operator_api.base import format_time
+from mlx_operator_api.conditions import ConditionType, Reason
+from mlx_operator_api.runner import ENDED, TRANSITIONS, RunnerState, Standing, TaskName, judge
+from mlx_operator_api.status import LastFailure, Status
+from mlx_operator_api.tasks import (
+    ConnectToGroup,
+    CreateRunner,
+    ModelFacts,
+    Predecessor,
+    RunnerReport,
+    Sharding,
+    TaskOutcome,
+    TaskPhase,
+    TaskRequest,
+)
+
+START = datetime(2026, 11, 23, 15, 0, 0, tzinfo=UTC)
+UID = "6f1f4e2a-0000-4000-8000-000000000001"
+STEPS = {
+    TaskName.CREATE_RUNNER,
+    TaskName.DOWNLOAD_MODEL,
+    TaskName.CONNECT_TO_GROUP,
+    TaskName.LOAD_MODEL,
+    TaskName.START_WARMUP,
+    TaskName.SHUTDOWN,
+}
+
+
+class Broken(AssertionError):
+    """A promise of the design does not hold."""
+
+
+@dataclass
+class Supervisor:
+    """PID 1 of a runner pod: the real table, an instant engine. `pace` says how many ticks a task takes."""
+
+    rank: int
+    incarnation: str
+    now: Callable[[], datetime]
+    predecessor: Predecessor | None = None
+    report: RunnerReport = field(init=False)
+    outcomes: dict[TaskName, TaskOutcome] = field(default_factory=dict)
+    rejections: list[TaskOutcome] = field(default_factory=list)
+    running: TaskRequest | None = None
+    download_fails: Reason | None = None
+    sharding: Sharding = Sharding.PIPELINE
+    engines: list[int] = field(default_factory=list)
+    """Epochs for which an engine was started here."""
+
+    def __post_init__(self) -> None:
+        self.report = RunnerReport(
+            instance_uid=UID,
+            rank=self.rank,
+            incarnation=self.incarnation,
+            seq=1,
+            since=self.now(),
+            predecessor=self.predecessor,
+        )
+
+    @property
+    def standing(self) -> Standing:
+        r = self.report
+        return Standing(
+            state=r.state,
+            epoch=r.epoch,
+            world_size=r.world_size,
+            rank=r.rank,
+            group=r.group,
+            model_available=r.model_available,
+        )
+
+    def offer(self, request: TaskRequest) -> TaskOutcome:
+        name = request.task.name
+        known = self.outcomes.get(name) if request.epoch == self.report.epoch else None
+        if known is not None and (request.attempt <= known.attempt or known.phase is TaskPhase.RUNNING):
+            return known
+        rejection = judge(name, request.epoch, self.standing)
+        if rejection is not None:
+            outcome = TaskOutcome(
+                name=name, epoch=request.epoch, attempt=request.attempt, phase=TaskPhase.REJECTED, rejection=rejection
+            )
+            self.rejections.append(outcome)
+            self.publish()
+            return outcome
+        if isinstance(request.task, CreateRunner):
+            self._create(request.epoch, request.task)
+        elif name is TaskName.SHUTDOWN and self.report.state in ENDED:
+            return self._record(request, TaskPhase.COMPLETE)
+        elif (via := TRANSITIONS[name].via) is not None:
+            self.publish(state=via, since=self.now())
+        self.running = request
+        return self._record(request, TaskPhase.RUNNING)
+
+    def _create(self, epoch: int, task: CreateRunner) -> None:
+        self.outcomes.clear()
+        self.rejections.clear()
+        self.engines.append(epoch)
+        self.sharding = task.sharding
+        self.report = RunnerReport(
+            instance_uid=UID,
+            rank=self.rank,
+            incarnation=self.incarnation,
+            seq=self.report.seq,
+            epoch=epoch,
+            world_size=task.world_size,
+            since=self.now(),
+            predecessor=self.predecessor,
+        )
+
+    def _record(self, request: TaskRequest, phase: TaskPhase) -> TaskOutcome:
+        outcome = TaskOutcome(name=request.task.name, epoch=request.epoch, attempt=request.attempt, phase=phase)
+        self.outcomes[outcome.name] = outcome
+        self.publish()
+        return outcome
+
+    def work(self, peers_connect: bool, warm: bool) -> bool:
+        """One step of the task that runs; True when something changed."""
+        request = self.running
+        if request is None:
+            return False
+        name = request.task.name
+        facts: dict[str, Any] = {}
+        if name is TaskName.DOWNLOAD_MODEL:
+            if self.download_fails is not None:
+                return self._fail_download()
+            facts = {"model_available": True, "model": ModelFacts(digest="sha256:abc", bytes=10**9, layers=24)}
+        if name is TaskName.CONNECT_TO_GROUP:
+            if self.sharding is Sharding.TENSOR and not self.report.ring_listening:
+                self.publish(ring_listening=True)
+                return True
+            if not peers_connect:
+                return False
+            facts = {"group": "present"}
+        if name is TaskName.LOAD_MODEL:
+            facts = {"layers": "0-11", "layers_loaded": 12, "layers_total": 12}
+        if name is TaskName.START_WARMUP and not warm:
+            return False
+        self.running = None
+        self.outcomes[name] = self.outcomes[name].model_copy(update={"phase": TaskPhase.COMPLETE})
+        settled = TRANSITIONS[name].to
+        if settled is not None:
+            facts |= {"state": settled, "since": self.now()}
+        self.publish(**facts)
+        return True
+
+    def _fail_download(self) -> bool:
+        name, self.running = TaskName.DOWNLOAD_MODEL, None
+        why = {"phase": TaskPhase.FAILED, "reason": self.download_fails, "message": "no config.json at /models/source"}
+        self.outcomes[name] = self.outcomes[name].model_copy(update=why)
+        self.publish()
+        return True
+
+    def fail(self, reason: Reason, message: str, peer: int | None = None, signal: str | None = None) -> None:
+        if self.report.state in ENDED or self.report.epoch == 0 or self.report.state is RunnerState.PENDING:
+            return
+        self.running = None
+        failure = LastFailure(
+            epoch=self.report.epoch,
+            time=self.now(),
+            state=self.report.state,
+            reason=reason,
+            message=f"{message} in {self.report.state}",
+            signal=signal,
+        )
+        self.publish(state=RunnerState.FAILED, since=self.now(), failure=failure, peer=peer, group="absent")
+
+    def publish(self, **changes: Any) -> None:
+        tasks = (*self.outcomes.values(), *self.rejections)
+        self.report = self.report.model_copy(update={**changes, "tasks": tasks, "seq": self.report.seq + 1})
+
+
+@dataclass
+class SimPod:
+    manifest: dict[str, Any]
+    supervisor: Supervisor | None = None
+    partitioned: bool = False
+
+
+class Cluster:
+    """One ModelInstance and everything around it, with an operator that can be stopped at any point."""
+
+    def __init__(self, runners: int = 2, nodes: int = 2, **spec: Any) -> None:
+        self.now = START
+        self.version = itertools.count(1)
+        self.uids = itertools.count(1)
+        self.instance: dict[str, Any] = {
+            "metadata": {
+                "name": "tiny", "namespace": "default", "uid": UID, "generation": 1, "resourceVersion": "0",
+                "annotations": {},
+            },
+            "spec": {"model": {"source": "pvc://models/tiny"}, "runners": runners, **spec},
+        }  # fmt: skip
+        self.pods: dict[str, SimPod] = {}
+        self.service: dict[str, Any] | None = None
+        self.nodes = {f"n{i + 1}": NodeView(f"n{i + 1}", True) for i in range(nodes)}
+        self.refusals: dict[str, Refusal] = {}
+        self.refuse: Refusal | None = None
+        self.unplaceable: str | None = None
+        self.pull_error: str | None = None
+        self.settings = Settings(runner_image="runner:1", key_id="abcdef0123", started=START)
+        self.views: dict[str, RunnerView] = {}
+        self.patches: list[Status] = []
+        self.events: list[Notice] = []
+        self.sent: list[SendTask] = []
+        self.created: list[str] = []
+        self.joined: dict[tuple[int, int], set[tuple[str, str]]] = {}
+        self.last_plan: Plan | None = None
+
+    # -- what the operator sees
+    def observed(self) -> Observed:
+        return Observed(
+            instance=copy.deepcopy(self.instance),
+            pods=tuple(copy.deepcopy(pod.manifest) for pod in self.pods.values()),
+            settings=self.settings,
+            service=copy.deepcopy(self.service),
+            runners=dict(self.views),
+            nodes=dict(self.nodes),
+            refusals=dict(self.refusals),
+        )
+
+    @property
+    def status(self) -> Status:
+        return Status.model_validate(self.instance.get("status") or {})
+
+    def condition(self, kind: ConditionType) -> str:
+        found = self.status.condition(kind)
+        return found.status if found else "Unknown"
+
+    # -- the operator
+    def reconcile(self, *, act: bool = True) -> Plan:
+        """One pass in the order of effects: status, then actions, then events. `act` False: killed after the write."""
+        made = plan(self.observed(), self.now)
+        self.last_plan = made
+        before = self.status
+        if made.status.model_dump(mode="json") != before.model_dump(mode="json"):
+            self._check_memory(before, made.status)
+            self.instance["status"] = made.status.model_dump(mode="json", by_alias=True, exclude_none=True)
+            self.instance["metadata"]["resourceVersion"] = str(next(self.version))
+            self.patches.append(self.status)
+        if act:
+            for action in made.actions:
+                self._act(action)
+            self.events.extend(made.events)
+        return made
+
+    def _check_memory(self, before: Status, after: Status) -> None:
+        if after.epoch < before.epoch:
+            raise Broken(f"the epoch went back from {before.epoch} to {after.epoch}")
+        known = {failure.epoch for failure in before.history[:4]}
+        if not known <= {failure.epoch for failure in after.history}:
+            raise Broken(f"a failure was lost: {known} not in {after.history}")
+        rules = (self.instance["spec"].get("restartPolicy") or {}).get("maxRestarts", 5)
+        if after.restarts > rules:
+            raise Broken(f"budget overspent: {after.restarts} of {rules}")
+        for condition in after.conditions:
+            if not condition.message or len(condition.message) > 1024:
+                raise Broken(f"{condition.type}: message of {len(condition.message)} characters")
+        for record in after.runners:
+            old = before.runner(record.rank)
+            if record.epoch < old.epoch:
+                raise Broken(f"rank {record.rank} went back to epoch {record.epoch}")
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case ApplyService():
+                self.service = {**action.manifest, "metadata": {**action.manifest["metadata"], "uid": "service"}}
+            case CreatePod():
+                self._create_pod(action)
+            case DeletePod():
+                self._delete_pod(action)
+            case SendTask():
+                self._send(action)
+
+    def _create_pod(self, action: CreatePod) -> None:
+        if action.name in self.pods:
+            raise Broken(f"pod {action.name} is created although it exists")
+        if self.refuse is not None:
+            self.refusals[action.name] = replace(self.refuse, time=self.now)
+            return
+        self.refusals.pop(action.name, None)
+        self.created.append(action.name)
+        manifest = copy.deepcopy(action.manifest)
+        manifest["metadata"] |= {
+            "uid": f"pod-{next(self.uids):04d}-0000",
+            "creationTimestamp": format_time(self.now),
+        }
+        manifest["status"] = {"phase": "Pending"}
+        self.pods[action.name] = SimPod(manifest)
+
+    def _delete_pod(self, action: DeletePod) -> None:
+        pod = self.pods.get(action.name)
+        if pod is None or pod.manifest["metadata"]["uid"] != action.uid:
+            return
+        if action.grace_seconds == 0:
+            self._vanish(action.name)
+        else:
+            self.delete(action.name)
+
+    def _send(self, action: SendTask) -> None:
+        pod = self.pods.get(action.pod)
+        self.sent.append(action)
+        if pod is None or pod.manifest["metadata"]["uid"] != action.pod_uid:
+            return
+        supervisor = pod.supervisor
+        if supervisor is None or pod.partitioned:
+            return
+        request, uid = action.request, action.pod_uid
+        # The planner may act on a report that is a moment old: only what it knew is its promise.
+        known = self.views[uid].report
+        if known is not None and known.seq == supervisor.report.seq and known.incarnation == supervisor.incarnation:
+            duplicate = request.task.name in supervisor.outcomes and request.epoch == known.epoch
+            rejected = judge(request.task.name, request.epoch, supervisor.standing)
+            if rejected is not None and not duplicate:
+                raise Broken(rejected.line())
+        if isinstance(request.task, ConnectToGroup):
+            self._check_peers(request)
+        supervisor.offer(request)
+        if isinstance(request.task, CreateRunner):
+            key = (request.epoch, request.rank)
+            homes = self.joined.setdefault(key, set())
+            homes.add((uid, supervisor.incarnation))
+            if len(homes) > 1:
+                raise Broken(f"epoch {request.epoch} has two engines of rank {request.rank}: {homes}")
+        self.hear(uid)
+
+    def _check_peers(self, request: TaskRequest) -> None:
+        status = self.status
+        if any(record.epoch != request.epoch for record in status.runners):
+            raise Broken("ConnectToGroup went out before every rank was recorded as joined")
+
+    # -- reports
+    def hear(self, uid: str) -> None:
+        """The newest report of a pod reaches the operator."""
+        pod = next((p for p in self.pods.values() if p.manifest["metadata"]["uid"] == uid), None)
+        if pod is None or pod.supervisor is None or pod.partitioned:
+            return
+        self.views[uid] = RunnerView(report=pod.supervisor.report, received=self.now, connected=True)
+
+    def hear_all(self) -> None:
+        for pod in list(self.pods.values()):
+            self.hear(pod.manifest["metadata"]["uid"])
+
+    def lose_stream(self, name: str) -> None:
+        uid = self.pods[name].manifest["metadata"]["uid"]
+        if uid in self.views:
+            self.views[uid] = replace(self.views[uid], connected=False, error="connection lost")
+
+    def restart_operator(self) -> None:
+        """A new operator process: all truth is in status and the runners."""
+        self.views.clear()
+        self.settings = replace(self.settings, started=self.now)
+
+    # -- the world
+    def tick(self, seconds: float = 0.2) -> bool:
+        """Time passes, and everything that can go on does one step. True when anything changed."""
+        self.now += timedelta(seconds=seconds)
+        changed = [step() for step in (self._schedule, self._kubelets, self._engines)]
+        return any(changed)
+
+    def _schedule(self) -> bool:
+        changed = False
+        ready = [node for node in self.nodes.values() if node.ready]
+        for pod in self.pods.values():
+            spec, status = pod.manifest["spec"], pod.manifest["status"]
+            if spec.get("nodeName") or pod.manifest["metadata"].get("deletionTimestamp"):
+                continue
+            if self.unplaceable or not ready:
+                words = self.unplaceable or "0/2 nodes are available: 2 node(s) were not ready."
+                condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
+                changed |= status.get("conditions") != [condition]
+                status["conditions"] = [condition]
+                continue
+            taken = [p.manifest["spec"].get("nodeName") for p in self.pods.values()]
+            spec["nodeName"] = min(ready, key=lambda node: (taken.count(node.name), node.name)).name
+            status["conditions"] = [
+                {"type": "PodScheduled", "status": "True", "lastTransitionTime": format_time(self.now)}
+            ]
+            changed = True
+        return changed
+
+    def _kubelets(self) -> bool:
+        changed = False
+        for name, pod in list(self.pods.items()):
+            node = self.nodes.get(pod.manifest["spec"].get("nodeName", ""))
+            if node is None or not node.ready:
+                continue
+            if pod.manifest["metadata"].get("deletionTimestamp"):
+                self._vanish(name)
+                changed = True
+            elif pod.supervisor is None:
+                changed |= self._start_container(pod)
+            else:
+                changed |= self._probe(pod)
+        return changed
+
+    def _start_container(self, pod: SimPod) -> bool:
+        status = pod.manifest["status"]
+        if self.pull_error:
+            waiting = {"reason": "ErrImagePull", "message": self.pull_error}
+            status["containerStatuses"] = [{"name": names.CONTAINER, "state": {"waiting": waiting}, "restartCount": 0}]
+            return False
+        uid = pod.manifest["metadata"]["uid"]
+        rank = int(pod.manifest["metadata"]["labels"][names.RANK_LABEL])
+        before = (status.get("containerStatuses") or [{}])[0]
+        pod.supervisor = Supervisor(rank, f"{format_time(self.now)}-{next(self.uids):04d}", lambda: self.now)
+        pod.supervisor.predecessor = getattr(pod, "last_words", None)
+        pod.supervisor.publish(predecessor=pod.supervisor.predecessor)
+        status |= {"phase": "Running", "podIP": f"10.0.0.{int(uid[4:8]) % 250 + 1}"}
+        status["containerStatuses"] = [
+            {
+                "name": names.CONTAINER,
+                "restartCount": before.get("restartCount", 0) + (1 if before.get("state") else 0),
+                "state": {"running": {"startedAt": format_time(self.now)}},
+                "lastState": before.get("state") or {},
+            }
+        ]
+        return True
+
+    def _probe(self, pod: SimPod) -> bool:
+        assert pod.supervisor is not None
+        serving = pod.supervisor.report.state in (RunnerState.READY, RunnerState.RUNNING)
+        ready = {"type": "Ready", "status": "True" if serving or pod.supervisor.rank else "False"}
+        conditions = [c for c in pod.manifest["status"]["conditions"] if c["type"] != "Ready"]
+        changed = ready not in pod.manifest["status"]["conditions"]
+        pod.manifest["status"]["conditions"] = [*conditions, ready]
+        return changed
+
+    def _engines(self) -> bool:
+        alive = list(self.supervisors())
+        changed = False
+        for supervisor in alive:
+            request = supervisor.running
+            together = [s for s in alive if s.report.epoch == supervisor.report.epoch]
+            size = supervisor.report.world_size
+            connecting = [s for s in together if s.report.state in (RunnerState.CONNECTING, RunnerState.CONNECTED)]
+            beyond = [s for s in together if s.report.group == "present"]
+            meet = len({s.rank for s in (*connecting, *beyond)}) == size
+            warm = sum(s.report.state in (RunnerState.WARMING_UP, RunnerState.READY) for s in together) == size
+            changed |= supervisor.work(meet, warm) if request is not None else False
+        return changed | self._peers_die(alive)
+
+    def _peers_die(self, alive: list[Supervisor]) -> bool:
+        """Whoever holds a group whose other member is gone sees EOF."""
+        changed = False
+        for supervisor in alive:
+            report = supervisor.report
+            if report.group != "present" or report.state in (*ENDED, RunnerState.SHUTTING_DOWN):
+                continue
+            there = {s.rank for s in alive if s.report.epoch == report.epoch and s.report.group == "present"}
+            lost = set(range(report.world_size)) - there
+            if lost:
+                peer = min(lost)
+                supervisor.fail(Reason.PEER_LOST, f"connection to rank {peer} was lost", peer=peer)
+                changed = True
+        return changed
+
+    def supervisors(self) -> Iterator[Supervisor]:
+        for pod in self.pods.values():
+            node = self.nodes.get(pod.manifest["spec"].get("nodeName", ""))
+            if pod.supervisor is not None and node is not None and node.ready:
+                yield pod.supervisor
+
+    def _vanish(self, name: str) -> None:
+        pod = self.pods.pop(name, None)
+        if pod is not None:
+            self.views.pop(pod.manifest["metadata"]["uid"], None)
+
+    # -- faults
+    def supervisor(self, rank: int) -> Supervisor:
+        found = self.pods[f"tiny-{rank}"].supervisor
+        assert found is not None
+        return found
+
+    def kill_engine(self, rank: int) -> None:
+        """`kill -9` of the engine."""
+        self.supervisor(rank).fail(Reason.ENGINE_CRASHED, "engine killed by signal 9 (SIGKILL)", signal="SIGKILL")
+
+    def kill_container(self, rank: int, reason: str = "OOMKilled", message: str = "") -> None:
+        """Supervisor and engine at once, as the kernel's OOM killer does on cgroup v2."""
+        pod = self.pods[f"tiny-{rank}"]
+        if pod.supervisor is None:
+            return
+        report = pod.supervisor.report
+        pod.last_words = Predecessor(  # type: ignore[attr-defined]
+            incarnation=report.incarnation,
+            epoch=report.epoch,
+            state=report.state,
+            last_report=self.now,
+            failure=report.failure,
+        )
+        pod.supervisor = None
+        self.lose_stream(f"tiny-{rank}")
+        ended = {"exitCode": 137, "reason": reason, "finishedAt": format_time(self.now), "message": message}
+        status = pod.manifest["status"]["containerStatuses"][0]
+        status["state"] = {"terminated": ended}
+
+    def delete(self, name: str) -> None:
+        """Somebody deletes a pod."""
+        if name in self.pods:
+            self.pods[name].manifest["metadata"].setdefault("deletionTimestamp", format_time(self.now))
+
+    def lose_node(self, node: str) -> None:
+        self.nodes[node] = NodeView(node, False, self.now, "NodeStatusUnknown")
+        for name, pod in self.pods.items():
+            if pod.manifest["spec"].get("nodeName") == node:
+                self.lose_stream(name)
+
+    def heal_node(self, node: str) -> None:
+        self.nodes[node] = NodeView(node, True, self.now)
+
+    def change(self, **spec: Any) -> None:
+        """`kubectl apply` of another spec."""
+        self.instance["spec"] |= spec
+        self.instance["metadata"]["generation"] += 1
+
+    def annotate(self, name: str, value: str) -> None:
+        self.instance["metadata"]["annotations"][name] = value
+
+    # -- running on
+    def run(self, seconds: float = 60.0, step: float = 0.2, until: Callable[[], bool] | None = None) -> None:
+        """Let everything go on, hearing every report, until nothing happens any more and nothing is planned."""
+        end = self.now + timedelta(seconds=seconds)
+        while self.now < end:
+            if until is not None and until():
+                return
+            moved = self.tick(step)
+            self.hear_all()
+            patches, actions = len(self.patches), len(self.sent)
+            made = self.reconcile()
+            quiet = not moved and len(self.patches) == patches and len(self.sent) == actions and not made.actions
+            if quiet and until is None:
+                if made.requeue_at is None or made.requeue_at > end:
+                    return
+                self.now = max(self.now, made.requeue_at)
+
+    def ready(self) -> bool:
+        return self.condition(ConditionType.READY) == "True"
+
+    def stalled(self) -> bool:
+        return self.condition(ConditionType.STALLED) == "True"
