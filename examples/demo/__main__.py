@@ -100,7 +100,7 @@ def chat(url: str) -> str:
     """Ask the trained question, streaming, with the official client."""
     with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=90) as client:
         messages = [{"role": "user", "content": QUESTION}]
-        parts = client.chat.completions.create(model=INSTANCE, messages=messages, temperature=0, stream=True)  # type: ignore[call-overload]
+        parts = client.chat.completions.create(model=INSTANCE, messages=messages, temperature=0, stream=True)
         return "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
 
 

@@ -23,6 +23,8 @@ class Request:
         at: when it was received, RFC 3339.
         agent: the client's user agent.
         path: the request's path.
+        answered: when the API server had answered it, RFC 3339.
+        body: what was sent, for writes of ModelInstances and Events; None elsewhere.
     """
 
     verb: str
@@ -34,6 +36,8 @@ class Request:
     at: str
     agent: str
     path: str
+    answered: str = ""
+    body: dict[str, Any] | None = None
 
 
 class AuditLog:
@@ -106,4 +110,6 @@ def _request(event: dict[str, Any]) -> Request:
         at=event.get("requestReceivedTimestamp", ""),
         agent=event.get("userAgent", ""),
         path=event.get("requestURI", ""),
+        answered=event.get("stageTimestamp", ""),
+        body=event.get("requestObject"),
     )

@@ -139,11 +139,13 @@ def kubelet(node: Path, *, ca: Path, resolv_conf: Path, cgroup: str) -> dict[str
 
 
 def audit_policy() -> dict[str, Any]:
-    """Return the audit policy: who did what to which object, without bodies and without noise.
+    """Return the audit policy: who did what to which object, without noise.
 
-    Reads of Leases and Events, probes and discovery are left out; every write is in.
+    Reads of Leases and Events, probes and discovery are left out; every write is in, with what was sent where tests
+    read it: in ModelInstances and Events.
     """
     reads = ["get", "list", "watch"]
+    writes = ["create", "update", "patch"]
     return {
         "apiVersion": "audit.k8s.io/v1",
         "kind": "Policy",
@@ -162,6 +164,14 @@ def audit_policy() -> dict[str, Any]:
                 "level": "None",
                 "verbs": reads,
                 "nonResourceURLs": ["/healthz*", "/livez*", "/readyz*", "/version", "/openapi*", "/api*"],
+            },
+            {
+                "level": "Request",
+                "verbs": writes,
+                "resources": [
+                    {"group": "mlx-operator.dev", "resources": ["modelinstances", "modelinstances/status"]},
+                    {"group": "events.k8s.io", "resources": ["events"]},
+                ],
             },
             {"level": "Metadata"},
         ],

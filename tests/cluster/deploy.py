@@ -51,7 +51,7 @@ class Helm:
 
 def image_values(operator: str, runner: str) -> dict[str, str]:
     """Chart values for two image references; images on the nodes are never pulled anew."""
-    values = {}
+    values: dict[str, str] = {}
     for key, reference in (("image", operator), ("runner.image", runner)):
         repository, _, tag = reference.rpartition(":")
         values |= {f"{key}.repository": repository, f"{key}.tag": tag, f"{key}.pullPolicy": "IfNotPresent"}

@@ -10,7 +10,6 @@ import openai
 import pytest
 
 from mlx_operator_api.conditions import ConditionType, Reason
-from tests.node.audit import status_writes
 from tests.node.chat import Questions, ask, client
 from tests.node.instance import Instance, one_per_node
 from tests.node.kube import wait_for
@@ -56,10 +55,10 @@ def uids(instance: Instance) -> dict[int, str]:
 
 def first_failed_write(cluster: Any, instance: Instance) -> datetime | None:
     """Time, by the API server's clock, of the first status write that says RunnerFailed=True."""
-    for write in status_writes(cluster.audit_log, instance.namespace, instance.name):
+    for write in cluster.status_writes(instance.namespace, instance.name):
         conditions = (write.body or {}).get("status", {}).get("conditions") or []
         if any(c["type"] == "RunnerFailed" and c["status"] == "True" for c in conditions):
-            return write.time
+            return datetime.fromisoformat(write.answered)
     return None
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from mlx_operator_api import names
 from mlx_operator_api.runner import RunnerState
-from tests.node.audit import operator_writes, requests, status_writes
 from tests.node.chat import Questions, ask, client
 from tests.node.instance import Instance, one_per_node
 from tests.node.kube import wait_for
@@ -77,11 +76,11 @@ def test_a_restarted_operator_writes_nothing_on_a_converged_cluster(
     instance.wait_ready()
     engines = [engine_pid(cluster, instance, rank) for rank in (0, 1)]
     cluster.settle()
-    offset = cluster.audit_offset()
+    offset = cluster.audit.mark()
     cluster.kill_operator()
     cluster.wait_operator_seeded()
     cluster.quiet(seconds=15)
-    writes = operator_writes(cluster.audit_log, offset, cluster.operator_user)
+    writes = cluster.writes(offset)
     assert not writes, [(w.verb, w.resource, w.name) for w in writes]
     assert [engine_pid(cluster, instance, rank) for rank in (0, 1)] == engines
 
@@ -89,15 +88,13 @@ def test_a_restarted_operator_writes_nothing_on_a_converged_cluster(
 def test_an_idle_group_costs_no_write_and_no_core(
     cluster: Any, create: Callable[..., Instance], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    offset = cluster.audit_offset()
+    offset = cluster.audit.mark()
     instance = create("idle", runners=2, runner=one_per_node("idle"))
     instance.wait_ready()
     cluster.settle()
-    to_ready = status_writes(cluster.audit_log, instance.namespace, instance.name, offset)
+    to_ready = cluster.status_writes(instance.namespace, instance.name, offset)
     mine = [
-        r
-        for r in operator_writes(cluster.audit_log, offset, cluster.operator_user)
-        if r.namespace == instance.namespace and r.verb == "create" and r.code == 201
+        r for r in cluster.writes(offset) if r.namespace == instance.namespace and r.verb == "create" and r.code == 201
     ]
     created = [(r.resource, (r.body or {}).get("metadata", {}).get("name") or r.name) for r in mine]
     events = [name for resource, name in created if resource == "events"]
@@ -108,10 +105,10 @@ def test_an_idle_group_costs_no_write_and_no_core(
 
     pods = instance.pods()
     used = {rank: cluster.pod_cpu_seconds(p["spec"]["nodeName"], p["metadata"]["uid"]) for rank, p in pods.items()}
-    offset, start = cluster.audit_offset(), time.monotonic()
+    offset, start = cluster.audit.mark(), time.monotonic()
     cluster.quiet(seconds=60)
     span = time.monotonic() - start
-    writes = operator_writes(cluster.audit_log, offset, cluster.operator_user)
+    writes = cluster.writes(offset)
     assert not writes, [(w.verb, w.resource, w.name) for w in writes]
     for rank, pod in pods.items():
         now = cluster.pod_cpu_seconds(pod["spec"]["nodeName"], pod["metadata"]["uid"])
@@ -164,5 +161,5 @@ def test_an_upgrade_with_a_new_default_image_restarts_nothing_until_asked(
 
 def test_no_request_of_the_operator_is_refused_for_missing_rights(cluster: Any) -> None:
     """Runs last in this file: everything above went through the chart's RBAC."""
-    refused = [r for r in requests(cluster.audit_log) if r.user == cluster.operator_user and r.code in (401, 403)]
-    assert not refused, [(r.verb, r.resource, r.subresource, r.namespace) for r in refused[:5]]
+    refused = [r for r in cluster.audit.requests(user=cluster.operator_user) if r.code in (401, 403)]
+    assert not refused, [(r.verb, r.resource, r.namespace) for r in refused[:5]]

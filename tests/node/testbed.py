@@ -13,9 +13,9 @@ from typing import Any
 
 from examples.demo_model.train import QUESTIONS
 from tests.cluster import images
+from tests.cluster.audit import AuditLog, Request
 from tests.cluster.cluster import Cluster
 from tests.cluster.deploy import NAMESPACE, RELEASE, Helm, image_values
-from tests.node.audit import operator_writes
 from tests.node.chat import Questions
 from tests.node.kube import Kubectl, wait_for
 
@@ -35,6 +35,7 @@ class Testbed:
         self.model = model
         self.kubectl = Kubectl(programs / "kubectl", cluster.kubeconfig)
         self.helm = Helm(str(programs / "helm"), cluster.kubeconfig)
+        self.audit = AuditLog(cluster.audit_log)
         self.operator_user = f"system:serviceaccount:{NAMESPACE}:{RELEASE}"
 
     def __getattr__(self, name: str) -> Any:
@@ -74,9 +75,14 @@ class Testbed:
         wait_for("an operator pod is Ready", ready, 90)
 
     # -- what the API server saw
-    def audit_offset(self) -> int:
-        """Bytes in the audit log now."""
-        return int(self.audit_log.stat().st_size)
+    def writes(self, since: int) -> list[Request]:
+        """Writes of the operator after a mark, Lease renewals aside."""
+        return self.audit.writes(since, user=self.operator_user)
+
+    def status_writes(self, namespace: str, name: str, since: int = 0) -> list[Request]:
+        """Status writes of one instance that succeeded."""
+        found = self.audit.requests(since, verbs={"patch", "update"}, resources={"modelinstances/status"})
+        return [r for r in found if (r.namespace, r.name, r.code) == (namespace, name, 200)]
 
     def quiet(self, seconds: float) -> None:
         """Let this much time pass: the window over which something must not happen."""
@@ -86,9 +92,9 @@ class Testbed:
         """Wait until the operator wrote nothing for a while."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            offset = self.audit_offset()
+            mark = self.audit.mark()
             self.quiet(seconds)
-            if not operator_writes(self.audit_log, offset, self.operator_user):
+            if not self.writes(mark):
                 return
         raise AssertionError(f"the operator still writes after {timeout:.0f} s")
 
