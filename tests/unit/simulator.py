@@ -1,6 +1,6 @@
 """A pure cluster for the planner: API server, scheduler, kubelets and supervisors that decide by the real table.
 
-No I/O, no clock but its own. Faults are methods. Whatever breaks a promise of the design raises `Broken` at once.
+No I/O, no clock but its own. Faults are methods. What breaks a promise of the design raises `BrokenPromiseError`.
 """
 
 import copy
@@ -42,7 +42,7 @@ STEPS = {
 }
 
 
-class Broken(AssertionError):
+class BrokenPromiseError(AssertionError):
     """A promise of the design does not hold."""
 
 
@@ -261,20 +261,20 @@ class Cluster:
 
     def _check_memory(self, before: Status, after: Status) -> None:
         if after.epoch < before.epoch:
-            raise Broken(f"the epoch went back from {before.epoch} to {after.epoch}")
+            raise BrokenPromiseError(f"the epoch went back from {before.epoch} to {after.epoch}")
         known = {failure.epoch for failure in before.history[:4]}
         if not known <= {failure.epoch for failure in after.history}:
-            raise Broken(f"a failure was lost: {known} not in {after.history}")
+            raise BrokenPromiseError(f"a failure was lost: {known} not in {after.history}")
         rules = (self.instance["spec"].get("restartPolicy") or {}).get("maxRestarts", 5)
         if after.restarts > rules:
-            raise Broken(f"budget overspent: {after.restarts} of {rules}")
+            raise BrokenPromiseError(f"budget overspent: {after.restarts} of {rules}")
         for condition in after.conditions:
             if not condition.message or len(condition.message) > 1024:
-                raise Broken(f"{condition.type}: message of {len(condition.message)} characters")
+                raise BrokenPromiseError(f"{condition.type}: message of {len(condition.message)} characters")
         for record in after.runners:
             old = before.runner(record.rank)
             if record.epoch < old.epoch:
-                raise Broken(f"rank {record.rank} went back to epoch {record.epoch}")
+                raise BrokenPromiseError(f"rank {record.rank} went back to epoch {record.epoch}")
 
     def _act(self, action: Action) -> None:
         match action:
@@ -289,7 +289,7 @@ class Cluster:
 
     def _create_pod(self, action: CreatePod) -> None:
         if action.name in self.pods:
-            raise Broken(f"pod {action.name} is created although it exists")
+            raise BrokenPromiseError(f"pod {action.name} is created although it exists")
         if self.refuse is not None:
             self.refusals[action.name] = replace(self.refuse, time=self.now)
             return
@@ -318,7 +318,7 @@ class Cluster:
         if pod is None or pod.manifest["metadata"]["uid"] != action.pod_uid:
             return
         supervisor = pod.supervisor
-        if supervisor is None or pod.partitioned:
+        if supervisor is None or not self._in_touch(pod):
             return
         request, uid = action.request, action.pod_uid
         # The planner may act on a report that is a moment old: only what it knew is its promise.
@@ -327,7 +327,7 @@ class Cluster:
             duplicate = request.task.name in supervisor.outcomes and request.epoch == known.epoch
             rejected = judge(request.task.name, request.epoch, supervisor.standing)
             if rejected is not None and not duplicate:
-                raise Broken(rejected.line())
+                raise BrokenPromiseError(rejected.line())
         if isinstance(request.task, ConnectToGroup):
             self._check_peers(request)
         supervisor.offer(request)
@@ -336,21 +336,39 @@ class Cluster:
             homes = self.joined.setdefault(key, set())
             homes.add((uid, supervisor.incarnation))
             if len(homes) > 1:
-                raise Broken(f"epoch {request.epoch} has two engines of rank {request.rank}: {homes}")
+                raise BrokenPromiseError(f"epoch {request.epoch} has two engines of rank {request.rank}: {homes}")
         self.hear(uid)
 
     def _check_peers(self, request: TaskRequest) -> None:
         status = self.status
         if any(record.epoch != request.epoch for record in status.runners):
-            raise Broken("ConnectToGroup went out before every rank was recorded as joined")
+            raise BrokenPromiseError("ConnectToGroup went out before every rank was recorded as joined")
+
+    def deliver_again(self, action: SendTask) -> None:
+        """A task of before arrives once more: it must be harmless, whatever has happened since."""
+        pod = self.pods.get(action.pod)
+        if pod is None or pod.manifest["metadata"]["uid"] != action.pod_uid or pod.supervisor is None:
+            return
+        engines = list(pod.supervisor.engines)
+        state = pod.supervisor.report.state
+        pod.supervisor.offer(action.request)
+        newest = max(engines, default=0)
+        if pod.supervisor.engines != engines and action.request.epoch <= newest:
+            raise BrokenPromiseError(f"a repeated CreateRunner({action.request.epoch}) started a second engine")
+        if action.request.epoch < newest and pod.supervisor.report.state is not state:
+            raise BrokenPromiseError(f"a task of epoch {action.request.epoch} changed epoch {newest}")
 
     # -- reports
     def hear(self, uid: str) -> None:
         """The newest report of a pod reaches the operator."""
         pod = next((p for p in self.pods.values() if p.manifest["metadata"]["uid"] == uid), None)
-        if pod is None or pod.supervisor is None or pod.partitioned:
+        if pod is None or pod.supervisor is None or not self._in_touch(pod):
             return
         self.views[uid] = RunnerView(report=pod.supervisor.report, received=self.now, connected=True)
+
+    def _in_touch(self, pod: SimPod) -> bool:
+        node = self.nodes.get(pod.manifest["spec"].get("nodeName", ""))
+        return not pod.partitioned and node is not None and node.ready
 
     def hear_all(self) -> None:
         for pod in list(self.pods.values()):
@@ -398,6 +416,9 @@ class Cluster:
         changed = False
         for name, pod in list(self.pods.items()):
             node = self.nodes.get(pod.manifest["spec"].get("nodeName", ""))
+            if node is None and pod.manifest["metadata"].get("deletionTimestamp"):
+                self._vanish(name)
+                changed = True
             if node is None or not node.ready:
                 continue
             if pod.manifest["metadata"].get("deletionTimestamp"):
@@ -462,7 +483,7 @@ class Cluster:
             report = supervisor.report
             if report.group != "present" or report.state in (*ENDED, RunnerState.SHUTTING_DOWN):
                 continue
-            there = {s.rank for s in alive if s.report.epoch == report.epoch and s.report.group == "present"}
+            there = {s.rank for s in alive if s.report.epoch == report.epoch and s.report.state not in ENDED}
             lost = set(range(report.world_size)) - there
             if lost:
                 peer = min(lost)
@@ -514,6 +535,14 @@ class Cluster:
         """Somebody deletes a pod."""
         if name in self.pods:
             self.pods[name].manifest["metadata"].setdefault("deletionTimestamp", format_time(self.now))
+
+    def lose_report(self, rank: int) -> None:
+        """The report stream breaks for a moment."""
+        self.lose_stream(f"tiny-{rank}")
+
+    def wait(self, seconds: float) -> None:
+        """A long time in which nobody plans."""
+        self.now += timedelta(seconds=seconds)
 
     def lose_node(self, node: str) -> None:
         self.nodes[node] = NodeView(node, False, self.now, "NodeStatusUnknown")

@@ -4,8 +4,10 @@ from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.status import Condition, RunnerStatus, Status
 
-from .messages import listed, one_line, without_who
-from .problems import without_remedy
+from .messages import listed, one_line, remedy, without_who
+
+_PLAIN = (Reason.SUSPENDED, *(reason for reason in Reason if not reason.remedy))
+"""Reasons whose words the headline has already."""
 
 
 def brief(status: Status) -> tuple[str, ...]:
@@ -21,7 +23,7 @@ def brief(status: Status) -> tuple[str, ...]:
     ranks = sorted(status.runners, key=lambda record: (record.rank != cause, record.rank))
     lines += [_rank_line(status, record) for record in ranks]
     if ready.status != "True" and ready.reason.remedy:
-        lines.append(f"do: {ready.reason.remedy}")
+        lines.append(f"do: {remedy(ready.reason, _pod(status))}")
     return tuple(one_line(line) for line in lines)
 
 
@@ -32,6 +34,11 @@ def _failing(status: Status) -> bool:
 
 def _cause(status: Status) -> int | None:
     return status.history[0].rank if _failing(status) and status.history else None
+
+
+def _pod(status: Status) -> str | None:
+    cause = _cause(status)
+    return status.runner(cause).pod if cause is not None else None
 
 
 def _headline(status: Status, ready: Condition) -> str:
@@ -46,7 +53,10 @@ def _headline(status: Status, ready: Condition) -> str:
     words = reconciling.message if reconciling is not None else ready.reason
     if ready.reason in (Reason.SUSPENDED, *_problems(status)):
         words = ready.reason
-    return f"Not ready: {words}{_after(status, ready)}"
+    after = _after(status, ready)
+    if after and status.next_restart_at is None:
+        after = f" (restarting{after})"
+    return f"Not ready: {words}{after}"
 
 
 def _problems(status: Status) -> tuple[Reason, ...]:
@@ -60,7 +70,7 @@ def _after(status: Status, ready: Condition) -> str:
     if not _failing(status) or not status.history:
         return ""
     last = status.history[0]
-    if last.reason is ready.reason and status.next_restart_at is None and last.epoch == status.epoch:
+    if last.reason is ready.reason and status.next_restart_at is None:
         return f" on rank {last.rank}"
     return f" after {last.reason} on rank {last.rank}"
 
@@ -68,9 +78,9 @@ def _after(status: Status, ready: Condition) -> str:
 def _why(status: Status, ready: Condition) -> str:
     """The words of what is in the way, where no rank's line has them."""
     failure = status.history[0].message if _failing(status) and status.history else None
-    if ready.status == "True" or not ready.reason.remedy or (failure and ready.message.startswith(failure)):
+    if ready.status == "True" or ready.reason in _PLAIN or (failure and ready.message.startswith(failure)):
         return ""
-    return f"why: {without_remedy(ready.message, ready.reason)}"
+    return f"why: {ready.message}"
 
 
 def _rank_line(status: Status, record: RunnerStatus) -> str:
@@ -87,7 +97,8 @@ def _rank_line(status: Status, record: RunnerStatus) -> str:
     if record.state is RunnerState.FAILED and failure is not None:
         details.append(without_who(failure.message))
     else:
-        details += [f"layers {record.layers}" if record.layers else "", record.progress or ""]
+        known = record.layers is not None and record.state is not RunnerState.PENDING
+        details += [f"layers {record.layers}" if known else "", record.progress or ""]
         if failure is not None:
             details.append(f"last failure {failure.reason} in epoch {failure.epoch}")
     return f"{name}: {listed(*details)}"

@@ -106,6 +106,10 @@ def start(picture: Picture, status: Status) -> Status:
         return status
     if not all(_can_start(rank, status) for rank in picture.ranks) or not _settled(picture, status):
         return status
+    if picture.stored.epoch != status.epoch:
+        # First the failure, or the reason for a new epoch, stands where everybody can read it.
+        clock.wakes.append(clock.now)
+        return status
     return status.model_copy(
         update={
             "next_restart_at": None,

@@ -27,7 +27,7 @@ def tell(old: Status, situation: Situation, opened: Reason | None) -> tuple[Noti
 
 def _epoch(old: Status, new: Status, picture: Picture, opened: Reason | None) -> Iterator[Notice]:
     if opened in _REQUESTED and opened is not None:
-        yield Notice("Normal", opened, f"epoch {new.epoch}: {opened.meaning}", new.epoch, "StartEpoch")
+        yield Notice("Normal", opened, f"epoch {new.epoch} is due: {opened.meaning}", new.epoch, "StartEpoch")
     if old.template_hash != new.template_hash and not picture.wanted.suspended:
         pods = count(picture.wanted.world_size, "pod")
         yield Notice(

@@ -10,7 +10,7 @@ from mlx_operator_api.status import GroupFailure, LastFailure, RunnerStatus, Sta
 from . import downloads, restart
 from .conditions import Fact
 from .failure import pending
-from .messages import clauses, count, listed
+from .messages import clauses, count, listed, remedy
 from .picture import Picture, assigned, effective, who
 from .problems import Problem, up
 
@@ -76,7 +76,8 @@ def failure_message(situation: Situation) -> str:
     last, final = status.history[0], restart.final_failure(status)
     spent = final is not None and final.reason.retry is not Retry.NEVER
     hint = Reason.RESTART_BUDGET_EXHAUSTED.remedy if spent else ""
-    return clauses(last.message, restart.next_step(status, rules), last.reason.remedy, hint)
+    pod = status.runner(last.rank).pod if last.rank is not None else None
+    return clauses(last.message, restart.next_step(status, rules), remedy(last.reason, pod), hint)
 
 
 def _ready(s: Situation) -> Fact:
@@ -148,7 +149,7 @@ def _behind(s: Situation, state: RunnerState) -> str:
     first = late[0]
     progress = f" at {first.progress}" if first.progress else ""
     more = f" and {count(len(late) - 1, 'other')}" if len(late) > 1 else ""
-    return f"rank {first.rank} on node {first.node or '?'}{progress}{more} to follow"
+    return f"to follow: rank {first.rank} on node {first.node or '?'}{progress}{more}"
 
 
 def _available(s: Situation) -> int:

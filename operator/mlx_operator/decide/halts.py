@@ -72,6 +72,7 @@ def _asleep(picture: Picture, rank: Rank) -> RunnerStatus:
             "node": None,
             "state": RunnerState.PENDING,
             "since": record.since if same and record.since is not None else picture.clock.stamp,
+            "layers": None,
             "progress": None,
         }
     )

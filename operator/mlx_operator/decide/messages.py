@@ -5,6 +5,7 @@ import signal
 from datetime import datetime
 
 from mlx_operator_api.base import format_time
+from mlx_operator_api.conditions import Reason
 from mlx_operator_api.status import MAX_MESSAGE
 
 _ERROR = re.compile(r"error|exception|fatal|panic|cannot|failed|denied|no such", re.IGNORECASE)
@@ -51,6 +52,11 @@ def without_who(message: str) -> str:
     """What follows `rank 1/2 pod tiny-1 on node n2: `."""
     head, separator, rest = message.partition(": ")
     return rest if separator and head.startswith("rank ") else message
+
+
+def remedy(reason: Reason, pod: str | None) -> str:
+    """What to do, with the pod's name in the commands."""
+    return reason.remedy if pod is None else re.sub(r"\bPOD\b", pod, reason.remedy)
 
 
 def count(number: int, noun: str) -> str:

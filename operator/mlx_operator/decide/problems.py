@@ -1,7 +1,7 @@
 """What keeps the pods, the runners or the model from getting on, in the words of whoever said so."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,7 +12,7 @@ from mlx_operator_api.source import SourceKind
 from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import PROTOCOL
 
-from . import downloads, service
+from . import downloads, messages, service
 from .messages import clauses, evidence_line, listed, one_line, signal_name
 from .picture import Picture, Rank, who
 from .pods import PodView
@@ -74,7 +74,7 @@ def _problem(
 ) -> Problem:
     name = names.pod_name(picture.wanted.name, rank.rank)
     subject = who(rank.rank, picture.wanted.world_size, name, rank.pod.node if rank.pod else None)
-    advice = reason.remedy if remedy is None else remedy
+    advice = messages.remedy(reason, name) if remedy is None else remedy
     message = clauses(f"{subject}: {one_line(words, 700)}", advice)
     return Problem(ConditionType.SCHEDULED, reason, message, stalled, rank.rank)
 
@@ -242,13 +242,3 @@ def _downloaded(rank: Rank, picture: Picture, status: Status) -> Problem | None:
         return None
     message = clauses(noted.message, noted.reason.remedy)
     return Problem(ConditionType.MODEL_AVAILABLE, noted.reason, message, stalled=True, rank=rank.rank)
-
-
-def without_remedy(message: str, reason: Reason) -> str:
-    """A message without its last clause, where that is the reason's remedy."""
-    return message.removesuffix("; " + reason.remedy.rstrip(";.")) if reason.remedy else message
-
-
-def ranks_without_pod(ranks: Sequence[Rank]) -> int:
-    """How many ranks have no running container."""
-    return sum(not up(rank) for rank in ranks)
