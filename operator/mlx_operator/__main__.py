@@ -5,9 +5,9 @@ import logging
 import sys
 
 from mlx_operator.decide.plan import plan
+from mlx_operator.errors import StartError
 from mlx_operator.logs import configure, decision
 from mlx_operator.main import Process
-from mlx_operator.observe.sweep import StartError
 from mlx_operator.options import OptionError, parse
 
 

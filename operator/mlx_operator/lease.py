@@ -15,6 +15,7 @@ from typing import Any
 
 from mlx_operator.act.kube import Kube, KubeError, Manifest
 from mlx_operator.act.resources import LEASES
+from mlx_operator.errors import StartError
 from mlx_operator.logs import decision
 
 
@@ -51,13 +52,22 @@ class Lease:
         """The last try to read the Lease succeeded: a standby that could take over."""
 
     async def acquire(self) -> int:
-        """Wait until we lead; returns our `leaseTransitions`, which no earlier leader had."""
+        """Wait until we lead; returns our `leaseTransitions`, which no earlier leader had.
+
+        Raises:
+            StartError: we may not use the Lease.
+        """
         told = ""
         while True:
             try:
                 held_by = await self._try()
                 self.readable = True
             except KubeError as error:
+                if error.status == 403:
+                    raise StartError(
+                        f"RBAC does not let the operator use Lease {self._namespace}/{self._name} ({error.message}): "
+                        "install the chart's Role and binding, or correct --namespace and --lease-name"
+                    ) from error
                 self.readable = False
                 held_by = ""
                 decision("the Lease cannot be taken", level=logging.WARNING, error=error)

@@ -13,21 +13,22 @@ import kopf
 from kubernetes.aio.config import ConfigException
 
 from mlx_operator.act.kube import Kube, KubeError, configuration
-from mlx_operator.act.tokens import UnusableKeyError, operator_key
+from mlx_operator.act.tokens import OperatorKey, UnusableKeyError, operator_key
 from mlx_operator.controller import Configuration, Controller, wall_clock
 from mlx_operator.decide.observed import Settings
+from mlx_operator.errors import StartError
 from mlx_operator.lease import Lease, Timing
 from mlx_operator.logs import decision
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe import host
-from mlx_operator.observe.sweep import Scope, StartError
+from mlx_operator.observe.sweep import Scope
 from mlx_operator.options import Options
 from mlx_operator.reconciler import Planner
 from mlx_operator.servers import metrics as metrics_route
 from mlx_operator.servers import probe, serve
 
 _TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
-_STOP_SECONDS = 5.0
+_RETRY_SECONDS = 1.0
 
 
 class Process:
@@ -103,10 +104,7 @@ class Process:
     async def _work(self, kube: Kube, settings: Any, transitions: int) -> None:
         options = self._options
         self._metrics.leader.set(1)
-        try:
-            key = await operator_key(kube, options.namespace, options.key_secret)
-        except (KubeError, UnusableKeyError) as error:
-            raise StartError(f"Secret {options.namespace}/{options.key_secret}: {error}") from error
+        key = await _key(kube, options)
         chosen = Settings(
             runner_image=options.runner_image,
             key_id=key.key_id,
@@ -137,6 +135,19 @@ class Process:
         if self._controller is not None:
             await self._controller.stop()
         await self._servers.aclose()
+
+
+async def _key(kube: Kube, options: Options) -> OperatorKey:
+    while True:
+        try:
+            return await operator_key(kube, options.namespace, options.key_secret)
+        except KubeError as error:
+            if not error.transient:
+                raise StartError(f"Secret {options.namespace}/{options.key_secret}: {error}") from error
+            decision("waiting for the API server", level=logging.WARNING, error=error)
+            await asyncio.sleep(_RETRY_SECONDS)
+        except UnusableKeyError as error:
+            raise StartError(str(error)) from error
 
 
 async def _first(*works: Any) -> None:

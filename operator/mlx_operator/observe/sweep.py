@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mlx_operator.act.kube import Kube, KubeError
 from mlx_operator.act.resources import INSTANCES, NODES, PODS, SERVICES, Resource
+from mlx_operator.errors import StartError
 from mlx_operator.logs import decision
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe.shelf import Key
@@ -22,10 +23,6 @@ PERIOD_SECONDS = (60.0, 300.0)
 _RETRY_SECONDS = 5.0
 _QUIET_SECONDS = 1.0
 _REPLAY_SECONDS = 3.0
-
-
-class StartError(Exception):
-    """The operator cannot work at all as it is installed; the text is one sentence for a person."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,292 @@
+"""A real API server with the CRD and the chart's RBAC, operators as processes, and a fake kubelet."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yaml
+
+from mlx_operator.act.kube import Kube, KubeError, configuration
+from mlx_operator.act.resources import EVENTS, INSTANCES, LEASES, PODS, SECRETS, SERVICES, Resource
+from mlx_operator_api.conditions import ConditionType
+from tests.apiserver.kubelet import Kubelet, python_path
+from tests.cluster import binaries
+from tests.cluster.apiserver import ApiServer
+from tests.cluster.audit import AuditLog, Request
+from tests.cluster.deploy import NAMESPACE, RELEASE, ROOT
+from tests.cluster.waiting import tell
+
+OPERATOR = f"system:serviceaccount:{NAMESPACE}:{RELEASE}"
+OPERATOR_GROUPS = ("system:serviceaccounts", f"system:serviceaccounts:{NAMESPACE}", "system:authenticated")
+CRDS = Resource("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", namespaced=False)
+NAMESPACES = Resource("", "v1", "namespaces", "Namespace", namespaced=False)
+SERVICE_ACCOUNTS = Resource("", "v1", "serviceaccounts", "ServiceAccount")
+Manifest = dict[str, Any]
+
+
+async def eventually(check: Callable[[], Awaitable[Any]], what: str, seconds: float = 30.0) -> Any:
+    """Wait until `check` returns something true, and return that; what it last returned is in the failure."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = await check()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds:g} s: {what}; last seen: {found!r}")
+        await asyncio.sleep(0.05)
+
+
+def condition(instance: Manifest, kind: ConditionType) -> Manifest:
+    """A condition of an instance; empty before the first status."""
+    conditions = instance.get("status", {}).get("conditions", ())
+    return next((entry for entry in conditions if entry["type"] == kind), {})
+
+
+def is_ready(instance: Manifest) -> bool:
+    """The group answers, and status is about the present spec."""
+    ready = condition(instance, ConditionType.READY)
+    return ready.get("status") == "True" and ready.get("observedGeneration") == instance["metadata"]["generation"]
+
+
+class OperatorProcess:
+    """`python -m mlx_operator`, as its Deployment would run it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path, probes: int) -> None:
+        self.process = process
+        self.log = log
+        self.probes = probes
+
+    async def kill(self) -> None:
+        """SIGKILL, and wait."""
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+
+    async def stop(self) -> float:
+        """SIGTERM; returns how long the end took, in seconds."""
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(self.process.wait(), 15)
+        return time.monotonic() - began
+
+    async def ready(self) -> bool:
+        """What its readiness probe answers."""
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session,
+                session.get(f"http://127.0.0.1:{self.probes}/readyz") as answer,
+            ):
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    def lines(self) -> str:
+        """Its log."""
+        return self.log.read_text()
+
+
+class World:
+    """One test's namespace, kubelet and operators on a shared API server."""
+
+    def __init__(self, server: ApiServer, kube: Kube, kubelet: Kubelet, namespace: str, folder: Path) -> None:
+        self.server = server
+        self.kube = kube
+        self.kubelet = kubelet
+        self.namespace = namespace
+        self.folder = folder
+        self.audit = AuditLog(server.audit_log)
+        self._operators: list[OperatorProcess] = []
+
+    async def operator(self, *flags: str, ready: bool = True) -> OperatorProcess:
+        """Start an operator with the chart's permissions; by default wait until it is ready."""
+        number = len(self._operators)
+        kubeconfig = self.folder / "operator.kubeconfig"
+        self.server.user_kubeconfig(kubeconfig, OPERATOR, OPERATOR_GROUPS)
+        log, port = self.folder / f"operator-{number}.log", free_port()
+        argv = ["--kubeconfig", str(kubeconfig), "--namespace", NAMESPACE, "--runner-image", "runner:1"]
+        argv += ["--metrics-bind", "off", "--probes-bind", f"127.0.0.1:{port}", *flags]
+        with log.open("wb") as file:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-W",
+                "error::DeprecationWarning:mlx_operator",
+                "-m",
+                "mlx_operator",
+                *argv,
+                env={**os.environ, "PYTHONPATH": python_path()},
+                stdout=file,
+                stderr=file,
+            )
+        started = OperatorProcess(process, log, port)
+        self._operators.append(started)
+        if ready:
+            await eventually(started.ready, f"the operator is ready\n{log}", 40)
+        return started
+
+    async def close(self) -> None:
+        """Remove the instances, then end the operators."""
+        for instance in (await self.kube.list(INSTANCES, self.namespace))[0]:
+            await self.delete(instance["metadata"]["name"])
+        await eventually(self._no_pods, "all pods are gone", 60)
+        for operator in self._operators:
+            await operator.kill()
+
+    async def _no_pods(self) -> bool:
+        return not (await self.kube.list(PODS, self.namespace))[0]
+
+    # -- instances
+    async def create(self, name: str = "tiny", **spec: Any) -> Manifest:
+        """Create an instance of two runners."""
+        body = {
+            "apiVersion": INSTANCES.api_version,
+            "kind": INSTANCES.kind,
+            "metadata": {"name": name, "namespace": self.namespace},
+            "spec": {"model": {"source": "pvc://models/tiny"}, "runners": 2, **spec},
+        }
+        return await self.kube.create(INSTANCES, self.namespace, body)
+
+    async def get(self, name: str = "tiny") -> Manifest:
+        """An instance."""
+        return await self.kube.get(INSTANCES, self.namespace, name)
+
+    async def delete(self, name: str = "tiny") -> None:
+        """Delete an instance, as kubectl does."""
+        try:
+            instance = await self.get(name)
+            await self.kube.delete(INSTANCES, self.namespace, name, uid=instance["metadata"]["uid"])
+        except KubeError as error:
+            if error.status != 404:
+                raise
+
+    async def until(
+        self, check: Callable[[Manifest], bool], what: str, *, name: str = "tiny", seconds: float = 60.0
+    ) -> Manifest:
+        """Wait for a state of an instance; returns it."""
+        seen: Manifest = {}
+
+        async def look() -> bool:
+            seen.clear()
+            try:
+                seen.update(await self.get(name))
+            except KubeError:
+                return False
+            return check(seen)
+
+        try:
+            await eventually(look, what, seconds)
+        except AssertionError as error:
+            tails = "\n".join(operator.lines()[-3000:] for operator in self._operators)
+            status = json.dumps(seen.get("status"), indent=1)
+            raise AssertionError(f"{error}\nstatus: {status}\noperators:\n{tails}") from None
+        return seen
+
+    async def until_ready(self, name: str = "tiny", *, seconds: float = 60.0) -> Manifest:
+        """Wait for Ready=True of the present generation."""
+        return await self.until(is_ready, f"{name} is Ready", name=name, seconds=seconds)
+
+    # -- what happened
+    def writes(self, since: int = 0) -> list[Request]:
+        """The operators' requests that changed something in the namespace, from the API server's audit log."""
+        return [r for r in self.audit.writes(since, user=OPERATOR) if r.namespace == self.namespace]
+
+    async def pods(self) -> list[Manifest]:
+        """All pods."""
+        return (await self.kube.list(PODS, self.namespace))[0]
+
+    async def children(self) -> list[str]:
+        """Kind/name of every child that is left."""
+        found = []
+        for kind in (PODS, SERVICES, SECRETS):
+            found += [f"{kind.plural}/{i['metadata']['name']}" for i in (await self.kube.list(kind, self.namespace))[0]]
+        return found
+
+    async def events(self) -> list[Manifest]:
+        """Our Events, in the order of their names."""
+        items, _ = await self.kube.list(EVENTS, self.namespace)
+        ours = [item for item in items if item.get("reportingController", "").startswith("mlx-operator.dev/")]
+        return sorted(ours, key=lambda item: str(item["metadata"]["name"]))
+
+    async def settled(self, seconds: float = 1.0) -> None:
+        """Wait until the operators have written nothing for a while."""
+        mark, quiet = self.audit.mark(), time.monotonic()
+
+        async def look() -> bool:
+            nonlocal mark, quiet
+            if self.writes(mark):
+                mark, quiet = self.audit.mark(), time.monotonic()
+            return time.monotonic() - quiet > seconds
+
+        await eventually(look, "the operator writes nothing any more")
+
+
+async def forget_leader(kube: Kube) -> None:
+    """Delete the Lease, so that a test need not wait for one that a killed operator left behind."""
+    try:
+        lease = await kube.get(LEASES, NAMESPACE, RELEASE)
+        await kube.delete(LEASES, NAMESPACE, RELEASE, uid=lease["metadata"]["uid"])
+    except KubeError as error:
+        if error.status != 404:
+            raise
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def install(server: ApiServer) -> None:
+    """Apply the CRD and the chart's objects (without the Deployment: operators here are processes)."""
+    kubectl = [str(server.binaries / "kubectl"), f"--kubeconfig={server.kubeconfig}"]
+    helm = binaries.ensure(tell, only={"helm"}) / "helm"
+    argv = [str(helm), "template", RELEASE, str(ROOT / "helm" / "mlx-operator"), f"--namespace={NAMESPACE}"]
+    text = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout
+    objects = [item for item in yaml.safe_load_all(text) if item and item["kind"] not in ("Deployment",)]
+    objects.insert(0, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
+    crds = ["apply", "-f", str(ROOT / "crds")]
+    subprocess.run([*kubectl, *crds], check=True, timeout=60, capture_output=True)
+    wait = ["wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"]
+    subprocess.run([*kubectl, *wait], check=True, timeout=60, capture_output=True)
+    everything = yaml.safe_dump_all(objects)
+    subprocess.run(
+        [*kubectl, "apply", "-f", "-"], check=True, timeout=60, capture_output=True, input=everything.encode()
+    )
+
+
+@asynccontextmanager
+async def world(server: ApiServer, namespace: str, folder: Path) -> AsyncIterator[World]:
+    """A world with a namespace of its own."""
+    kubeconfig = folder / "kubelet.kubeconfig"
+    server.user_kubeconfig(kubeconfig, "fake-kubelet", ["system:masters"])
+    settings = await configuration(str(kubeconfig))
+    tls = ssl.create_default_context(cafile=settings.ssl_ca_cert)
+    tls.load_cert_chain(settings.cert_file, settings.key_file)
+    kube = Kube(settings)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls), read_bufsize=1 << 21) as session:
+        body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
+        await kube.create(NAMESPACES, None, body)
+        await forget_leader(kube)
+
+        async def admitted() -> bool:
+            return bool((await kube.list(SERVICE_ACCOUNTS, namespace))[0])
+
+        await eventually(admitted, "the namespace has a service account")
+        async with Kubelet(kube, session, server.url, namespace, folder) as kubelet:
+            made = World(server, kube, kubelet, namespace, folder)
+            try:
+                yield made
+            finally:
+                await made.close()
+    await kube.close()

@@ -1,0 +1,60 @@
+"""One instance from nothing to Ready and away again, counted at the API server's audit log."""
+
+from collections import Counter
+
+from mlx_operator_api import names
+from mlx_operator_api.conditions import ConditionType
+from tests.apiserver.harness import World, condition, eventually
+
+
+async def test_two_runners_become_ready_with_few_writes_and_each_child_created_once(place: World) -> None:
+    await place.operator()
+    mark = place.audit.mark()
+    await place.create()
+    instance = await place.until_ready()
+    await place.settled()
+
+    assert instance["status"]["runnersReady"] == "2/2"
+    assert instance["status"]["epoch"] == 1
+    done = Counter((r.verb, r.resource) for r in place.writes(mark))
+    assert done["patch", "modelinstances/status"] <= 10, done
+    assert len(await place.events()) <= 8
+    created = Counter((r.resource, r.name) for r in place.writes(mark) if r.code == 201 and r.resource != "events")
+    uid = instance["metadata"]["uid"]
+    assert set(created.values()) == {1}, created
+    assert {name for kind, name in created if kind == "services"} == {names.service_name("tiny")}
+    assert Counter(r.resource for r in place.writes(mark) if r.verb == "create" and r.resource != "events") == {
+        "pods": 2,
+        "secrets": 1,
+    }
+    assert {pod["metadata"]["name"] for pod in await place.pods()} == {"tiny-0", "tiny-1"}
+    assert all(pod["metadata"]["labels"][names.INSTANCE_UID_LABEL] == uid for pod in await place.pods())
+
+
+async def test_nothing_is_written_while_nothing_happens(place: World) -> None:
+    await place.operator("--sweep-min-seconds=1", "--sweep-max-seconds=1")
+    await place.create()
+    await place.until_ready()
+    await place.settled()
+    mark = place.audit.mark()
+    await place.settled(6)  # two heartbeats of every runner and several sweeps
+    assert place.writes(mark) == []
+
+
+async def test_a_deleted_instance_leaves_no_child(place: World) -> None:
+    await place.operator()
+    await place.create()
+    await place.until_ready()
+    await place.delete()
+
+    async def gone() -> bool:
+        return await place.children() == []
+
+    await eventually(gone, "no child is left", 40)
+
+
+async def test_one_runner_needs_no_group(place: World) -> None:
+    await place.operator()
+    await place.create(runners=1)
+    instance = await place.until_ready()
+    assert condition(instance, ConditionType.CONNECTED)["status"] == "True"

@@ -1,0 +1,129 @@
+"""The event recorder: sortable names, folded repeats, nothing counted twice, nothing that hurts a reconcile."""
+
+import asyncio
+from datetime import timedelta
+
+import pytest
+
+from mlx_operator.act.kube import KubeError
+from mlx_operator.act.recorder import MAX_NOTE_BYTES, Recorder, cut, event
+from mlx_operator.act.resources import EVENTS
+from mlx_operator.decide.actions import Notice
+from mlx_operator.metrics import Metrics
+from mlx_operator_api.conditions import Reason
+from tests.unit.fakekube import FakeKube
+from tests.unit.manifests import NOW, instance
+
+pytestmark = pytest.mark.looptime
+FAILED = Notice(
+    type="Warning",
+    reason=Reason.RUNNER_FAILED,
+    note="rank 1/2 pod tiny-1 on node n2: engine killed by SIGKILL",
+    epoch=3,
+    action="RestartGroup",
+    related=("tiny-1", "pod-1"),
+    rank=1,
+)
+
+
+def test_a_name_sorts_by_epoch_and_step_of_the_lifecycle() -> None:
+    name = event(instance(), FAILED, NOW, "operator-1")["metadata"]["name"]
+    assert name == f"tiny.11111111.e0003.{Reason.RUNNER_FAILED.ordinal:03d}.runnerfailed.r1"
+
+
+def test_an_event_says_what_describe_needs() -> None:
+    made = event(instance(), FAILED, NOW, "operator-1")
+    assert made["regarding"]["uid"] == instance()["metadata"]["uid"]
+    assert made["related"]["kind"] == "Pod"
+    assert made["eventTime"] == "2026-11-23T15:00:00.250000Z"
+    assert made["action"] == "RestartGroup"
+    assert made["type"] == "Warning"
+
+
+@pytest.mark.parametrize("text", ["short", "x" * 5000, "é" * 1024, "🙂" * 600, "x" + "é" * 1024])
+def test_a_note_is_cut_at_1024_bytes_on_a_whole_character(text: str) -> None:
+    note = cut(text)
+    assert len(note.encode()) <= MAX_NOTE_BYTES
+    assert text.startswith(note.removesuffix("…"))
+    assert note == text or len(note.encode()) > MAX_NOTE_BYTES - 8
+
+
+async def _posted(kube: FakeKube, *offsets: float) -> None:
+    recorder = Recorder(kube, reporter="operator-1", metrics=Metrics())
+    task = asyncio.create_task(recorder.run())
+    for offset in offsets:
+        recorder.emit(instance(), FAILED, NOW + timedelta(seconds=offset))
+        await recorder._waiting.join()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _only(kube: FakeKube) -> dict[str, object]:
+    (found,) = (item for place, item in kube.objects.items() if place[0] == EVENTS.plural)
+    return found
+
+
+async def test_a_repeat_is_counted_in_the_series() -> None:
+    kube = FakeKube()
+    await _posted(kube, 0, 5, 9)
+    assert _only(kube)["series"] == {"count": 3, "lastObservedTime": "2026-11-23T15:00:09.250000Z"}
+
+
+async def test_an_attempt_whose_answer_was_lost_is_not_counted_as_a_repeat() -> None:
+    kube, lost = FakeKube(), iter([KubeError(0, "TimeoutError", "no answer")])
+
+    def lose(verb: str, plural: str, name: str) -> None:
+        if (error := next(lost, None)) is not None:
+            raise error
+
+    kube.after = lose
+    await _posted(kube, 0)
+    assert "series" not in _only(kube)
+    assert kube.count("create", "events") == 2
+
+
+async def test_transient_errors_are_repeated() -> None:
+    kube, errors = FakeKube(), iter([KubeError(503, "x", "later"), KubeError(429, "x", "later")])
+
+    def fail(verb: str, plural: str, name: str) -> None:
+        if (error := next(errors, None)) is not None:
+            raise error
+
+    kube.before = fail
+    await _posted(kube, 0)
+    assert _only(kube)["note"] == FAILED.note
+
+
+async def test_a_refused_event_is_dropped_and_the_next_one_is_recorded() -> None:
+    kube, errors = FakeKube(), iter([KubeError(422, "Invalid", "action: Required value")])
+
+    def fail(verb: str, plural: str, name: str) -> None:
+        if (error := next(errors, None)) is not None:
+            raise error
+
+    kube.before = fail
+    await _posted(kube, 0, 5)
+    assert _only(kube)["eventTime"] == "2026-11-23T15:00:05.250000Z"
+
+
+async def test_the_queue_is_bounded_and_drops_the_oldest() -> None:
+    metrics = Metrics()
+    recorder = Recorder(FakeKube(), reporter="operator-1", metrics=metrics)
+    for second in range(1005):
+        recorder.emit(instance(), FAILED, NOW + timedelta(seconds=second))
+    assert metrics.registry.get_sample_value("mlx_operator_events_dropped_total") == 5
+
+
+async def test_a_flush_has_an_end_while_the_api_server_is_away() -> None:
+    kube = FakeKube()
+
+    def fail(verb: str, plural: str, name: str) -> None:
+        raise KubeError(0, "ClientConnectorError", "refused")
+
+    kube.before = fail
+    recorder = Recorder(kube, reporter="operator-1", metrics=Metrics())
+    task = asyncio.create_task(recorder.run())
+    recorder.emit(instance(), FAILED, NOW)
+    await asyncio.wait_for(recorder.flush(), 2)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
