@@ -115,4 +115,6 @@ async def watch(handlers: kopf.OperatorRegistry, scope: Scope, ready: Any) -> No
         clusterwide=not scope.namespaces,
         namespaces=scope.namespaces,
         ready_flag=ready,
+        # Peering is off; kopf would ask for the name of the user, and the pod's uid has none.
+        identity=names.FIELD_MANAGER,
     )
