@@ -1,0 +1,141 @@
+"""Rank 0: decides every turn of the group, sends it to the other ranks, and computes its own part.
+
+A frame is sent before this rank computes its own part: the first stage of a pipeline then works at the same time.
+"""
+
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+
+from mlx_runner.channel import Goodbye, WarmedUp, Warmup
+from mlx_runner.progress import Phase, Progress
+
+from . import frames
+from .forward import Executor
+from .frames import Frame
+from .group import Group
+from .requests import CancelRow
+from .sampler import sample
+from .scheduler import Emission, Row, Scheduler
+
+_WARM_UP_UID = 0
+_WARM_UP_PROMPT = (0,) * 8
+_WARM_UP_TOKENS = 3
+_AHEAD = 3
+"""Frames without a step that are under way at a time: a pipeline prefills the next chunk meanwhile."""
+_CLEAR_AFTER_SECONDS = 1.0
+"""Without work for this long, freed memory is given back: not between two requests of a busy client."""
+_GOODBYE_SECONDS = 0.8
+"""For the other ranks to take their leave; the supervisor waits 1 s."""
+
+Message = Row | CancelRow | Warmup | Goodbye
+
+
+class Leader:
+    """The loop of rank 0's main thread. Everything it has to know comes through `put`."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        scheduler: Scheduler,
+        group: Group | None,
+        *,
+        progress: Progress,
+        emit: Callable[[list[Emission]], None],
+        warmed_up: Callable[[WarmedUp], None],
+    ) -> None:
+        self._executor = executor
+        self._scheduler = scheduler
+        self._epoch = group.epoch if group else 0
+        self._workers = list(group.workers.values()) if group else []
+        self._progress = progress
+        self._emit = emit
+        self._warmed_up = warmed_up
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._planned: deque[Frame] = deque()
+        self._sequence = 0
+        self._goodbye = False
+        self._cleared = True
+
+    def put(self, message: Message) -> None:
+        """Tell the loop something; from any thread."""
+        self._inbox.put(message)
+
+    def run(self) -> None:
+        """Serve until a goodbye; then the other ranks have been told, and this process may end."""
+        while not self._goodbye:
+            self._read()
+            self._plan()
+            if self._planned:
+                self._turn(self._planned.popleft())
+            elif not self._goodbye:
+                self._rest()
+        self._leave()
+
+    def _read(self) -> None:
+        while not self._inbox.empty():
+            self._take(self._inbox.get())
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Row():
+                self._scheduler.submit(message)
+            case CancelRow(uid):
+                self._give(self._scheduler.cancel(uid))
+            case Warmup():
+                self._scheduler.submit(Row(_WARM_UP_UID, _WARM_UP_PROMPT, _WARM_UP_TOKENS, ignore_eos=True))
+            case Goodbye():
+                self._goodbye = True
+
+    def _plan(self) -> None:
+        while len(self._planned) < _AHEAD:
+            operations = self._scheduler.plan()
+            if not operations:
+                return
+            self._planned.append(self._send(*operations))
+
+    def _send(self, *operations: frames.Operation) -> Frame:
+        self._sequence += 1
+        frame = Frame(self._epoch, self._sequence, operations)
+        if self._workers:
+            raw = frames.encode(frame)
+            for worker in self._workers:
+                worker.send(raw)
+        return frame
+
+    def _turn(self, frame: Frame) -> None:
+        self._cleared = False
+        self._progress.write(Phase.COMPUTING)
+        logits = self._executor.run(frame.operations)
+        if frame.step is None or logits is None:
+            self._progress.write(Phase.COMPUTING, steps=1)
+            return
+        tokens = sample(logits, self._scheduler.choices)
+        self._progress.write(Phase.COMPUTING, steps=1, tokens=len(tokens))
+        self._give(self._scheduler.take(tokens))
+
+    def _give(self, emissions: list[Emission]) -> None:
+        for emission in emissions:
+            if emission.uid == _WARM_UP_UID and emission.finish is not None:
+                self._send(frames.WarmedUp())
+                self._warmed_up(WarmedUp())
+        self._emit([emission for emission in emissions if emission.uid != _WARM_UP_UID])
+
+    def _rest(self) -> None:
+        """Sleep until there is something to do."""
+        self._progress.write(Phase.IDLE)
+        if not self._cleared:
+            try:
+                self._take(self._inbox.get(timeout=_CLEAR_AFTER_SECONDS))
+            except queue.Empty:
+                self._executor.run(self._send(frames.ClearCache()).operations)
+                self._cleared = True
+            return
+        self._take(self._inbox.get())
+
+    def _leave(self) -> None:
+        self._send(frames.Goodbye())
+        deadline = time.monotonic() + _GOODBYE_SECONDS
+        for worker in self._workers:
+            worker.wait_answer(max(0.0, deadline - time.monotonic()))

@@ -1,0 +1,131 @@
+"""The engine's process: a thread that reads commands, and the main thread that obeys them.
+
+Connect → Load → serve, each once: an engine lives for one epoch at most. The main thread does all of MLX.
+"""
+
+import ctypes
+import faulthandler
+import os
+import queue
+import signal
+import socket
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from mlx_operator_api.conditions import Reason
+from mlx_runner import channel
+from mlx_runner.progress import Phase, Progress
+
+from . import failures, imports
+from .events import Events
+from .failures import Ending
+
+if TYPE_CHECKING:
+    from .serving import Server
+
+_PR_SET_PDEATHSIG = 1
+_RING_GRACE_SECONDS = 0.5
+"""MLX's error on a lost ring names nobody; the threads that watch the sockets name the rank within this time."""
+_GOODBYE_SECONDS = 0.8
+"""A worker that its supervisor sends home waits this long for rank 0's own goodbye."""
+
+
+class Engine:
+    """State of the process: where it stands decides what an exception or a goodbye means."""
+
+    def __init__(self, sock: socket.socket, progress: Progress) -> None:
+        self._sock = sock
+        self.progress = progress
+        self.events = Events(sock)
+        self.ending = Ending(self.events)
+        self._commands: queue.SimpleQueue[channel.Connect | channel.Load] = queue.SimpleQueue()
+        self._server: Server | None = None
+        self._reason = Reason.ENGINE_CRASHED
+
+    def start(self) -> None:
+        """Read commands from now on."""
+        threading.Thread(target=self._read, name="commands", daemon=True).start()
+
+    def run(self) -> None:
+        """Obey until a goodbye; never returns normally otherwise."""
+        from . import serving  # after imports.import_all()
+
+        command = self._commands.get()
+        group: serving.Formed | None = None
+        if isinstance(command, channel.Connect):
+            self._reason = Reason.CONNECT_FAILED
+            group = serving.connect(command, self)
+            self.events.send(channel.Connected())
+            command = self._commands.get()
+        if not isinstance(command, channel.Load):
+            raise TypeError(f"{command.kind} after Connect")
+        self._reason = Reason.LOAD_FAILED
+        server = serving.load(command, group, self)
+        self._server = server
+        self.events.send(server.loaded)
+        self._reason = Reason.ENGINE_CRASHED
+        server.run()
+
+    def crash(self, error: BaseException) -> None:
+        """Report an exception and end."""
+        if "[ring]" in str(error) and not self.ending.leaving:
+            threading.Event().wait(_RING_GRACE_SECONDS)
+        if self.ending.leaving:
+            self.ending.leave()
+        failure = failures.describe(error, self._reason)
+        if "[ring]" in str(error) and failure.reason is Reason.ENGINE_CRASHED:
+            failure = failure.model_copy(update={"reason": Reason.PEER_LOST})
+        self.ending.fail(failure)
+
+    def _read(self) -> None:
+        buffered = self._sock.makefile("rb")
+        for line in buffered:
+            try:
+                command = channel.decode_command(line)
+            except ValidationError as error:
+                text = str(error).replace("\n", " ")
+                self.events.notice(f"command of the supervisor ignored: {text}", warning=True)
+                continue
+            self._route(command)
+        # Nobody is left to report to.
+        os._exit(channel.FAILURE_EXIT_CODE)
+
+    def _route(self, command: channel.Command) -> None:
+        match command:
+            case channel.Connect() | channel.Load():
+                self._commands.put(command)
+            case channel.Goodbye() if self._server is None:
+                self.ending.leave()
+            case _ if self._server is not None:
+                self._server.put(command)
+            case _:
+                self.events.notice(f"{command.kind} ignored: no model is loaded", warning=True)
+
+
+def main() -> None:
+    """Entry point. Ends by `os._exit` only: a destructor of MLX may hang when its group is broken."""
+    faulthandler.enable()
+    _die_with_parent()
+    engine = Engine(
+        socket.socket(fileno=int(os.environ[channel.FD_VARIABLE])),
+        Progress(Path(os.environ[channel.PROGRESS_VARIABLE])),
+    )
+    engine.progress.write(Phase.IDLE)
+    # A thread that ended unseen would leave the others waiting for ever.
+    threading.excepthook = lambda hook: engine.crash(hook.exc_value or RuntimeError(f"{hook.exc_type}"))
+    try:
+        imports.import_all()
+        engine.start()
+        engine.events.send(channel.Started(pid=os.getpid(), device=imports.device(), blas=imports.blas()))
+        engine.run()
+    except BaseException as error:  # noqa: BLE001 (reported; the process ends)
+        engine.crash(error)
+    engine.ending.leave()
+
+
+def _die_with_parent() -> None:
+    """No engine outlives its supervisor, also one that is too stuck to notice the closed channel."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,0 +1,142 @@
+"""Stages of a pipeline: some whole layers of a model, for any architecture of a plain decoder's structure.
+
+Rank n-1 holds the first layers and the embedding, rank 0 the last ones with norm and head; a rank between holds
+neither. mlx-lm's own pipelines exist for few architectures, keep everything on every rank and end each step in a
+collective.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache
+
+from mlx_operator_api.conditions import Reason
+
+from .failures import EngineError
+
+VERIFIED = ("llama", "qwen2", "qwen3")
+"""Modules of mlx_lm.models whose forward pass is embed → layers(h, mask, cache) → norm → head, tested token for token.
+
+Others may have the attributes and still do more between them (scaled embeddings, soft caps), which would be silently
+wrong: they are refused until a test holds them.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The layers [start, end) of `total`, of one rank."""
+
+    start: int
+    end: int
+    total: int
+
+    @property
+    def first(self) -> bool:
+        """Holds the embedding."""
+        return self.start == 0
+
+    @property
+    def last(self) -> bool:
+        """Holds norm and head."""
+        return self.end == self.total
+
+    def __str__(self) -> str:
+        return f"{self.start}-{self.end - 1}"
+
+
+def span(total: int, rank: int, world_size: int) -> Span:
+    """The layers of a rank. Rank 0 also has norm and head, so where it is uneven the higher ranks get one more.
+
+    Raises:
+        EngineError: fewer layers than ranks.
+    """
+    if total < world_size:
+        message = (
+            f"the model has {total} layers, too few for a pipeline of {world_size} ranks: use at most {total} runners"
+        )
+        raise EngineError(Reason.MODEL_UNSUPPORTED, message)
+    base, extra = divmod(total, world_size)
+    counts = [base + (r >= world_size - extra) for r in range(world_size)]
+    start = sum(counts[rank + 1 :])
+    return Span(start, start + counts[rank], total)
+
+
+def architecture(model_class: type) -> str:
+    """Module of mlx_lm.models that implements a model (after mlx-lm's own remapping)."""
+    for base in model_class.__mro__:
+        if base.__module__.startswith("mlx_lm.models."):
+            return base.__module__.rpartition(".")[2]
+    return model_class.__module__
+
+
+def check(model: Any) -> None:
+    """Refuse what this split was not verified for.
+
+    Raises:
+        EngineError: another architecture, or a variant of one with layers of several kinds.
+    """
+    name = architecture(type(model))
+    inner: Any = getattr(model, "model", None)
+    plain = all(hasattr(inner, part) for part in ("layers", "embed_tokens", "norm"))
+    if name not in VERIFIED or not plain:
+        raise EngineError(
+            Reason.MODEL_UNSUPPORTED,
+            f"architecture {name} cannot be split into a pipeline; supported: {', '.join(VERIFIED)}, "
+            "any other with one runner",
+        )
+    if any(getattr(layer, "use_sliding", False) for layer in inner.layers):
+        raise EngineError(
+            Reason.MODEL_UNSUPPORTED,
+            f"this {name} model has layers with a sliding window, which cannot be split into a pipeline; "
+            "use one runner",
+        )
+
+
+def cut(model: Any, part: Span) -> None:
+    """Leave only this stage's modules in a model that was not read yet; layers keep their numbers."""
+    inner = model.model
+    inner.layers = [layer if part.start <= i < part.end else None for i, layer in enumerate(inner.layers)]
+    tied = "lm_head" not in model
+    if not (part.first or (part.last and tied)):
+        del inner["embed_tokens"]
+    if not part.last:
+        del inner["norm"]
+        if not tied:
+            del model["lm_head"]
+
+
+class Stage:
+    """One rank's part of the forward pass."""
+
+    def __init__(self, model: Any, part: Span) -> None:
+        inner = model.model
+        self.span = part
+        self._layers = [layer for layer in inner.layers if layer is not None]
+        self._embed = inner.embed_tokens if part.first else None
+        self._norm = inner.norm if part.last else None
+        self._head = None
+        if part.last:
+            self._head = model.lm_head if "lm_head" in model else inner.embed_tokens.as_linear
+
+    def make_cache(self) -> list[Any]:
+        """Caches of the layers here, for one sequence."""
+        return [KVCache() for _ in self._layers]
+
+    def embed(self, tokens: Any) -> Any:
+        """Hidden states (rows, positions, hidden) of token ids (rows, positions); first stage only."""
+        assert self._embed is not None  # noqa: S101 (narrowing)
+        return self._embed(tokens)
+
+    def run(self, hidden: Any, cache: list[Any]) -> Any:
+        """Hidden states after the layers here."""
+        mask = create_attention_mask(hidden, cache[0])
+        for layer, layer_cache in zip(self._layers, cache, strict=True):
+            hidden = layer(hidden, mask, layer_cache)
+        return hidden
+
+    def logits(self, hidden: Any) -> Any:
+        """Logits (rows, vocabulary) of the last position; last stage only."""
+        assert self._norm is not None  # noqa: S101 (narrowing)
+        assert self._head is not None  # noqa: S101 (narrowing)
+        return self._head(self._norm(hidden[:, -1]))

@@ -1,0 +1,183 @@
+"""Putting a rank together: its connections, its shard, and the loop that serves with them."""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlx_operator_api.tasks import Sharding
+from mlx_runner import channel
+from mlx_runner.progress import Phase, Progress
+
+from . import load as loading
+from . import ring
+from .events import Events
+from .failures import Ending
+from .forward import Compute, Executor, PipelineStage, WholeModel
+from .group import Former, Group
+from .hidden import HiddenIn, HiddenOut
+from .leader import Leader
+from .pipeline import Stage
+from .requests import Limits, Requests
+from .scheduler import Emission, Scheduler
+from .text import load_tokenizer
+from .worker import WarmUpGate, Worker
+
+_WORKER_GOODBYE_SECONDS = 0.8
+"""A worker that is sent home waits this long for rank 0's own goodbye, which ends the whole group in good order."""
+
+
+class Process(Protocol):
+    """What this module needs of the engine's process."""
+
+    progress: Progress
+    events: Events
+    ending: Ending
+
+
+@dataclass(slots=True)
+class Formed:
+    """The connections of this rank; with Tensor also MLX's group. With them every lost peer is noticed."""
+
+    group: Group
+    ring: Any | None
+    source: HiddenIn | None = None
+    sink: HiddenOut | None = None
+    worker: Worker | None = None
+    gate: WarmUpGate | None = None
+
+
+class Server(Protocol):
+    """A rank that serves."""
+
+    loaded: channel.Loaded
+
+    def put(self, command: channel.Warmup | channel.Generate | channel.Cancel | channel.Goodbye) -> None:
+        """A command, from the thread that reads them."""
+
+    def run(self) -> None:
+        """Serve, in the main thread; returns after a goodbye."""
+
+
+def connect(command: channel.Connect, process: Process) -> Formed:
+    """Form the group of an epoch.
+
+    Raises:
+        EngineError: it was not formed by the deadline, or with an error.
+    """
+    progress, ending = process.progress, process.ending
+    former = Former(command, process.events, ending.lose)
+    former.listen()
+    former.announce()
+    progress.write(Phase.WAITING)
+    # The ring first: rank n-1 is told to connect only once the others' ring ports listen.
+    tensor = ring.form(command, ending.lose) if command.sharding is Sharding.TENSOR else None
+    formed = Formed(former.form(), tensor)
+    group = formed.group
+
+    def waiting(peer: int) -> None:
+        progress.write(Phase.WAITING, waiting_for=peer)
+
+    def computing() -> None:
+        progress.write(Phase.COMPUTING)
+
+    for connection in group.workers.values():
+        connection.expect_answer()
+    if group.downstream is not None:
+        group.downstream.expect_answer()
+        formed.sink = HiddenOut(group.downstream, waiting, computing)
+    if group.upstream is not None:
+        formed.source = HiddenIn(group.upstream, waiting, computing)
+    if group.rank > 0:
+        formed.gate = WarmUpGate(process.events.send)
+        formed.worker = Worker(group, progress, ending, formed.gate)
+        formed.worker.listen()
+    progress.write(Phase.IDLE)
+    return formed
+
+
+def load(command: channel.Load, formed: Formed | None, process: Process) -> Server:
+    """Load this rank's shard (and on rank 0 the tokenizer).
+
+    Raises:
+        EngineError: the model is missing, damaged, unsupported, or does not fit.
+    """
+    shard = loading.load(command, formed.ring if formed else None, process.events.send)
+    if formed is not None and command.sharding is Sharding.PIPELINE:
+        compute: Compute = PipelineStage(Stage(shard.model, shard.span), formed.source, formed.sink)
+    else:
+        compute = WholeModel(shard.model, leader=command.rank == 0)
+    executor = Executor(compute)
+    if formed is not None and formed.worker is not None and formed.gate is not None:
+        return WorkerServer(shard.loaded, executor, formed.worker, formed.gate, process.ending)
+    return LeaderServer(shard, command, executor, formed.group if formed else None, process)
+
+
+class WorkerServer:
+    """A rank > 0."""
+
+    def __init__(
+        self, loaded: channel.Loaded, executor: Executor, worker: Worker, gate: WarmUpGate, ending: Ending
+    ) -> None:
+        self.loaded = loaded
+        self._executor = executor
+        self._worker = worker
+        self._gate = gate
+        self._ending = ending
+
+    def put(self, command: channel.Warmup | channel.Generate | channel.Cancel | channel.Goodbye) -> None:
+        """Warm-up and goodbye; requests are rank 0's."""
+        match command:
+            case channel.Warmup():
+                self._gate.asked()
+            case channel.Goodbye():
+                timer = threading.Timer(_WORKER_GOODBYE_SECONDS, self._ending.leave)
+                timer.daemon = True
+                timer.start()
+            case _:
+                pass
+
+    def run(self) -> None:
+        """Serve frames; never returns."""
+        self._worker.run(self._executor)
+
+
+class LeaderServer:
+    """Rank 0."""
+
+    def __init__(
+        self, shard: loading.Shard, command: channel.Load, executor: Executor, group: Group | None, process: Process
+    ) -> None:
+        tokenizer = load_tokenizer(Path(command.path), shard.config)
+        limits = Limits.of(command, shard.context_length)
+        self.loaded = shard.loaded
+        self._ending = process.ending
+        self._leader = Leader(
+            executor,
+            Scheduler(command.max_concurrent_requests, tokenizer.eos),
+            group,
+            progress=process.progress,
+            emit=self._emit,
+            warmed_up=process.events.send,
+        )
+        self._requests = Requests(tokenizer, limits, self._leader.put, process.events.send)
+        self._requests.start()
+
+    def _emit(self, emissions: list[Emission]) -> None:
+        if emissions:
+            self._requests.put(emissions)
+
+    def put(self, command: channel.Warmup | channel.Generate | channel.Cancel | channel.Goodbye) -> None:
+        """Requests go to the text thread, the rest to the loop."""
+        match command:
+            case channel.Generate() | channel.Cancel():
+                self._requests.put(command)
+            case channel.Goodbye():
+                self._ending.start_leaving()
+                self._leader.put(command)
+            case _:
+                self._leader.put(command)
+
+    def run(self) -> None:
+        """Serve until a goodbye."""
+        self._leader.run()

@@ -1,0 +1,148 @@
+"""Text in and out of the model: chat template, tokens, the end of a sequence. Runs in rank 0's text thread."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_operator_api.conditions import Reason
+
+from .failures import EngineError
+
+_REPLACEMENT = "\ufffd"
+
+
+class PromptError(Exception):
+    """The prompt cannot be turned into tokens; the text is for the client."""
+
+    def __init__(self, message: str, *, code: str = "invalid_value", param: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template."""
+
+    def __init__(self, wrapped: Any, vocabulary: int, eos: frozenset[int]) -> None:
+        self._wrapped = wrapped
+        self._vocabulary = vocabulary
+        self.eos = eos
+
+    def chat(self, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+        """Token ids of a conversation, ready for the answer.
+
+        Raises:
+            PromptError: the model has no chat template, or its template does not take these messages.
+        """
+        if not self._wrapped.has_chat_template:
+            raise PromptError("this model has no chat template: use /v1/completions", param="messages")
+        try:
+            ids = self._wrapped.apply_chat_template(list(messages), add_generation_prompt=True)
+        except Exception as error:
+            first = str(error).strip().split("\n")[0]
+            raise PromptError(f"the model's chat template refused the messages: {first}", param="messages") from error
+        return tuple(ids)
+
+    def complete(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+        """Token ids of a completion's prompt.
+
+        Raises:
+            PromptError: it holds token ids that the model does not have.
+        """
+        if isinstance(prompt, str):
+            return tuple(self._wrapped.encode(prompt))
+        wrong = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
+        if wrong is not None:
+            message = f"token id {wrong} is not in the model's vocabulary of {self._vocabulary}"
+            raise PromptError(message, param="prompt")
+        return prompt
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, special ones left out."""
+        text: str = self._wrapped.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def load_tokenizer(path: Path, config: dict[str, Any]) -> Tokenizer:
+    """Read the tokenizer of a model.
+
+    Raises:
+        EngineError: it is missing or damaged.
+    """
+    from mlx_lm.utils import load_tokenizer as load  # after the environment is set (imports.py)
+
+    try:
+        wrapped = load(path, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # the library raises what its parsers raise
+        found = ", ".join(sorted(file.name for file in path.glob("tokenizer*"))) or "no tokenizer files"
+        first = str(error).strip().split("\n")[0]
+        message = f"the tokenizer in {path} cannot be read ({found}): {type(error).__name__}: {first}"
+        raise EngineError(Reason.MODEL_CORRUPT, message) from error
+    vocabulary = int(config.get("vocab_size") or len(wrapped))
+    return Tokenizer(wrapped, vocabulary, frozenset(int(token) for token in wrapped.eos_token_ids))
+
+
+class Detokenizer:
+    """Text of a growing answer: given out as soon as later tokens cannot change it.
+
+    A token may hold a part of a character, and its text may depend on the token before it; so each piece is the
+    difference of two decodings that begin at the last place where the text was whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._begin = 0
+        self._given = 0
+
+    def add(self, token: int) -> str:
+        """The text that is certain with this token."""
+        self._tokens.append(token)
+        before, now = self._decode()
+        if now.endswith(_REPLACEMENT):
+            return ""
+        self._begin, self._given = self._given, len(self._tokens)
+        return now[len(before) :]
+
+    def flush(self) -> str:
+        """The rest, whatever it is worth."""
+        before, now = self._decode()
+        self._begin = self._given = len(self._tokens)
+        return now[len(before) :]
+
+    def _decode(self) -> tuple[str, str]:
+        before = self._tokenizer.decode(self._tokens[self._begin : self._given])
+        return before, self._tokenizer.decode(self._tokens[self._begin :])
+
+
+class StopStrings:
+    """Ends a text before the first of some strings; what may be the beginning of one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """What may be given out now, and whether a stop string was found (the rest is dropped)."""
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            given, self._held = self._held[: min(found)], ""
+            return given, True
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        given, self._held = self._held[:cut], self._held[cut:]
+        return given, False
+
+    def flush(self) -> str:
+        """What was held back: no stop string came."""
+        given, self._held = self._held, ""
+        return given
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-size:]):
+            return size
+    return 0
