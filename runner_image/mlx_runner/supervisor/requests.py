@@ -54,11 +54,12 @@ class Ticket:
 class Broker:
     """All requests of this rank."""
 
-    def __init__(self, on_active: Callable[[int], None]) -> None:
+    def __init__(self, on_active: Callable[[int], None], hold_seconds: float = HOLD_SECONDS) -> None:
         self.idle = asyncio.Event()
         """Set while the engine has no request."""
         self.idle.set()
         self._on_active = on_active
+        self._hold_seconds = hold_seconds
         self._waiting: deque[Ticket] = deque()
         self._active: dict[str, Ticket] = {}
         self._send: Callable[[channel.Command], None] | None = None
@@ -87,7 +88,7 @@ class Broker:
         if self._held_until is None:
             return "the model is not ready yet"
         if asyncio.get_running_loop().time() >= self._held_until:
-            return f"the model has not been ready for more than {HOLD_SECONDS:g} s"
+            return f"the model has not been ready for more than {self._hold_seconds:g} s"
         return None
 
     # -- the group's side
@@ -114,8 +115,10 @@ class Broker:
             return
         self._open = False
         loop = asyncio.get_running_loop()
-        self._held_until = loop.time() + HOLD_SECONDS
-        self._hold = loop.call_later(HOLD_SECONDS, self._refuse_waiting, "the model did not become ready again in time")
+        self._held_until = loop.time() + self._hold_seconds
+        self._hold = loop.call_later(
+            self._hold_seconds, self._refuse_waiting, "the model did not become ready again in time"
+        )
 
     def close(self, why: str) -> None:
         """No new request from now on (SIGTERM); running ones go on."""

@@ -1,0 +1,276 @@
+"""The public API of rank 0 as clients see it: answers, refusals, failures, restarts. The engine is the fake one."""
+
+import asyncio
+import io
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+
+from mlx_operator_api import names
+from mlx_operator_api.runner import RunnerState
+from mlx_operator_api.tasks import ServingOptions
+
+from .fake_engine import ANSWER
+from .supervisors import PATIENCE, Group, Pod, group
+
+TEXT = " ".join(ANSWER)
+HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
+CHAT = {"model": "tiny", "messages": HELLO}
+S = RunnerState
+
+
+def client(instance: Group) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=instance.base_url, api_key="unused", max_retries=0, timeout=PATIENCE)
+
+
+@pytest.fixture
+async def instance(tmp_path: Path) -> AsyncIterator[Group]:
+    async with group(tmp_path, 1) as served:
+        yield served
+
+
+async def post(pod: Pod, body: Any, path: str = "/v1/chat/completions") -> tuple[int, dict[str, Any], str | None]:
+    """Status, JSON and Retry-After."""
+    data = body if isinstance(body, str) else json.dumps(body)
+    async with pod.http.post(pod.url(path, names.PUBLIC_PORT), data=io.BytesIO(data.encode())) as response:
+        return response.status, await response.json(), response.headers.get("Retry-After")
+
+
+async def test_the_official_client_gets_answers_whole_and_streamed(instance: Group) -> None:
+    await instance.ready()
+    async with client(instance) as ai:
+        whole = await ai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=3, user="me")
+        assert whole.choices[0].message.content == " ".join(ANSWER[:3])
+        assert whole.choices[0].finish_reason == "length"
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == 3
+        assert whole.usage.total_tokens == whole.usage.prompt_tokens + 3
+
+        stream = await ai.chat.completions.create(
+            model="tiny", messages=HELLO, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == TEXT
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == len(ANSWER)
+        assert len({c.id for c in chunks}) == 1
+
+        text = await ai.completions.create(model="tiny", prompt="once upon a time", max_tokens=2)
+        assert text.choices[0].text == " ".join(ANSWER[:2])
+        assert text.usage is not None
+        assert text.usage.prompt_tokens == 4
+        parts = [p async for p in await ai.completions.create(model="tiny", prompt=[1, 2], stream=True)]
+        assert "".join(p.choices[0].text for p in parts) == TEXT
+
+        assert [model.id async for model in ai.models.list()] == ["tiny"]
+        assert (await ai.models.retrieve("tiny")).id == "tiny"
+        with pytest.raises(openai.NotFoundError) as caught:
+            await ai.chat.completions.create(model="gpt-4o", messages=HELLO)
+        assert caught.value.code == "model_not_found"
+        assert "'tiny'" in caught.value.message
+        with pytest.raises(openai.BadRequestError) as refused:
+            await ai.completions.create(model="tiny", prompt="refuse this")
+        assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
+
+
+async def test_bad_requests_are_told_apart_by_field_code_and_status(instance: Group) -> None:
+    await instance.ready()
+    pod = instance.pods[0]
+    for body, status, code, param in [
+        ("{", 400, "invalid_json", None),
+        ([], 400, "invalid_value", None),
+        ({"messages": HELLO}, 400, "missing_required_parameter", "model"),
+        ({**CHAT, "n": 2}, 400, "unsupported_parameter", "n"),
+        ({**CHAT, "tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
+        ({**CHAT, "colour": "red"}, 400, "unknown_parameter", "colour"),
+        ({**CHAT, "temperature": 3}, 400, "invalid_value", "temperature"),
+        ({**CHAT, "model": "other"}, 404, "model_not_found", "model"),
+        ({**CHAT, "user": "x" * 9_000_000}, 413, "body_too_large", None),
+    ]:
+        got, answer, _ = await post(pod, body)
+        error = answer["error"]
+        assert (got, error["code"], error["param"]) == (status, code, param), error
+        assert set(error) == {"message", "type", "param", "code"}
+    status, answer, _ = await post(pod, CHAT, "/v1/embeddings")
+    assert (status, answer["error"]["code"]) == (404, "unknown_url")
+    assert pod.report.state is S.READY
+
+
+async def test_before_the_first_ready_requests_are_refused_with_retry_after(instance: Group) -> None:
+    pod = instance.pods[0]
+    for step in (None, instance.create, instance.download):
+        if step is not None:
+            await step()
+        status, answer, retry = await post(pod, CHAT)
+        assert (status, answer["error"]["code"]) == (503, "not_ready")
+        assert int(retry or 0) > 0
+        assert await pod.status("/readyz", names.PUBLIC_PORT) == 503
+        assert await pod.status("/healthz", names.PUBLIC_PORT) == 200
+
+
+async def kill_engine(pod: Pod) -> None:
+    for engine in pod.engines():
+        os.kill(engine, signal.SIGKILL)
+
+
+async def test_a_stream_whose_engine_dies_ends_with_an_error_and_no_done(instance: Group) -> None:
+    pod = instance.pods[0]
+    pod.plan(tokens=1000, token_seconds=0.05)
+    await instance.ready()
+    async with pod.http.post(
+        pod.url("/v1/chat/completions", names.PUBLIC_PORT), json={**CHAT, "stream": True}
+    ) as response:
+        lines: list[str] = []
+        async for raw in response.content:
+            if line := raw.decode().strip():
+                lines.append(line)
+            if len(lines) == 3:
+                await kill_engine(pod)
+    last = json.loads(lines[-1].removeprefix("data: "))
+    assert last["error"]["code"] == "runner_failed"
+    assert "engine killed by signal 9 (SIGKILL) in RunnerRunning" in last["error"]["message"]
+    assert "data: [DONE]" not in lines
+    assert (await pod.state(S.FAILED, 1)).active_requests == 0
+
+
+async def test_the_official_client_raises_when_its_stream_breaks(instance: Group) -> None:
+    instance.pods[0].plan(tokens=1000, token_seconds=0.05)
+    await instance.ready()
+    async with client(instance) as ai:
+        stream = await ai.chat.completions.create(model="tiny", messages=HELLO, stream=True)
+        await anext(stream)
+        await kill_engine(instance.pods[0])
+        with pytest.raises(openai.APIError, match="killed by signal 9"):
+            async for _ in stream:
+                pass
+
+
+async def test_across_a_restart_the_running_request_fails_and_the_next_one_is_held(instance: Group) -> None:
+    pod = instance.pods[0]
+    pod.plan(tokens=1000, token_seconds=0.05)
+    await instance.ready()
+    running = asyncio.create_task(post(pod, CHAT))
+    await pod.state(S.RUNNING, 1)
+    await kill_engine(pod)
+    status, answer, retry = await running
+    assert (status, answer["error"]["code"], retry is not None) == (503, "runner_failed", True)
+    await pod.state(S.FAILED, 1)
+    pod.plan()
+
+    held = asyncio.create_task(post(pod, CHAT))
+    assert await pod.status("/readyz", names.PUBLIC_PORT) == 200, "a restart in place keeps the endpoint"
+    assert await pod.status("/readyz") == 200
+    await instance.ready(2)
+    status, answer, _ = await held
+    assert status == 200
+    assert answer["choices"][0]["message"]["content"] == TEXT
+
+
+async def test_a_full_queue_is_told_and_the_others_are_answered_in_turn(instance: Group) -> None:
+    pod = instance.pods[0]
+    instance.serving = ServingOptions(max_concurrent_requests=1, max_queue=1)
+    pod.plan(tokens=1000, token_seconds=0.05)
+    await instance.ready()
+    endless = asyncio.create_task(post(pod, CHAT))
+    await pod.state(S.RUNNING, 1)
+    queued = asyncio.create_task(post(pod, {**CHAT, "max_tokens": 2}))
+    await metric(pod, "mlx_runner_requests_waiting 1.0")
+    status, answer, retry = await post(pod, CHAT)
+    assert (status, answer["error"]["code"], retry is not None) == (429, "queue_full", True)
+    assert "serving.maxQueue=1" in answer["error"]["message"]
+    endless.cancel()  # that client leaves
+    status, answer, _ = await queued
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 2)
+
+
+async def metric(pod: Pod, line: str) -> None:
+    """Wait until /metrics has a line."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        async with pod.http.get(pod.url("/metrics")) as response:
+            text = await response.text()
+        if line in text.splitlines():
+            return
+        assert time.monotonic() < deadline, text
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_frees_its_place(instance: Group, stream: bool) -> None:
+    pod = instance.pods[0]
+    pod.plan(tokens=100_000, token_seconds=0.02)
+    await instance.ready()
+    async with aiohttp.ClientSession() as session:
+        url = pod.url("/v1/chat/completions", names.PUBLIC_PORT)
+        running = asyncio.create_task(session.post(url, json={**CHAT, "stream": stream}))
+        await pod.state(S.RUNNING, 1)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    running_seq = pod.report.seq
+    await pod.until(lambda r: r.state is S.READY and r.seq > running_seq, "Ready again")
+    assert all(r.failure is None for r in pod.reports)
+
+
+async def test_a_draining_runner_finishes_what_runs_and_refuses_the_rest(instance: Group) -> None:
+    pod = instance.pods[0]
+    pod.plan(tokens=20, token_seconds=0.1)
+    await instance.ready()
+    running = asyncio.create_task(post(pod, CHAT))
+    await pod.state(S.RUNNING, 1)
+    os.kill(pod.pid, signal.SIGTERM)
+    await pod.until(lambda r: r.draining, "draining")
+    status, answer, retry = await post(pod, CHAT)
+    assert (status, answer["error"]["code"], retry is not None) == (503, "not_ready", True)
+    assert await pod.status("/readyz") == 503
+    status, answer, _ = await running
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 20)
+    assert await pod.exit_code() == 0
+
+
+async def test_a_drain_longer_than_its_grace_ends_the_request_honestly(tmp_path: Path) -> None:
+    async with group(tmp_path, 1, MLX_RUNNER_GRACE_SECONDS="6") as instance:
+        pod = instance.pods[0]
+        pod.plan(tokens=100_000, token_seconds=0.1)
+        await instance.ready()
+        running = asyncio.create_task(post(pod, CHAT))
+        await pod.state(S.RUNNING, 1)
+        os.kill(pod.pid, signal.SIGTERM)
+        status, answer, _ = await running
+        assert (status, answer["error"]["code"]) == (503, "runner_failed")
+        assert await pod.exit_code() == 0
+
+
+async def test_a_worker_keeps_serving_until_rank_0_says_goodbye(tmp_path: Path) -> None:
+    async with group(tmp_path, 2) as instance:
+        first, worker = instance.pods
+        first.plan(tokens=20, token_seconds=0.1)
+        await instance.ready()
+        running = asyncio.create_task(post(first, CHAT))
+        await first.state(S.RUNNING, 1)
+        for pod in (worker, first):
+            os.kill(pod.pid, signal.SIGTERM)
+        status, answer, _ = await running
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 20)
+        for pod in instance.pods:
+            assert await pod.exit_code() == 0
+            assert all(r.failure is None for r in pod.reports)
+
+
+async def test_only_rank_0_has_a_public_api_and_workers_are_ready_when_their_engine_is(tmp_path: Path) -> None:
+    async with group(tmp_path, 2) as instance:
+        worker = instance.pods[1]
+        assert await worker.status("/readyz") == 503
+        await instance.ready()
+        assert await worker.status("/readyz") == 200
+        with pytest.raises(aiohttp.ClientConnectorError):
+            await worker.status("/healthz", names.PUBLIC_PORT)

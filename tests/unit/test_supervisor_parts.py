@@ -1,0 +1,291 @@
+"""Smaller parts of the supervisor: configuration, the queue of requests, state file, orphans, tokens."""
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from mlx_operator_api import names
+from mlx_operator_api.conditions import Reason
+from mlx_operator_api.runner import RunnerState
+from mlx_operator_api.status import LastFailure
+from mlx_operator_api.tasks import Predecessor, RunnerReport, ServingOptions
+from mlx_runner import channel
+from mlx_runner.supervisor import config, engine_process
+from mlx_runner.supervisor.cgroup import Cgroup
+from mlx_runner.supervisor.requests import Broker, Lost, QueueFullError, UnavailableError
+from mlx_runner.supervisor.state_file import StateFile
+from mlx_runner.supervisor.tokens import authorized
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+# -- configuration
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "token").write_text("secret\n")
+    return {
+        names.ENV_UID: "uid-1",
+        names.ENV_RANK: "2",
+        names.ENV_TOKEN_FILE: str(tmp_path / "token"),
+        names.ENV_STATE_DIR: str(tmp_path),
+    }
+
+
+def test_the_environment_becomes_a_configuration(environment: dict[str, str]) -> None:
+    settings = config.from_environment({**environment, config.ENV_GRACE: "45", config.ENV_ENGINE: "python 'a b.py'"})
+    assert (settings.uid, settings.rank, settings.token, settings.grace_seconds) == ("uid-1", 2, "secret", 45.0)
+    assert settings.engine_argv == ("python", "a b.py")
+    assert settings.model_dir == Path(names.MODEL_MOUNT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({names.ENV_UID: ""}, "MLX_INSTANCE_UID is not set"),
+        ({names.ENV_RANK: "two"}, "MLX_RUNNER_RANK='two' is no rank: it must be a number from 0 to 63"),
+        ({names.ENV_RANK: "64"}, "it must be a number from 0 to 63"),
+        ({names.ENV_TOKEN_FILE: "/nowhere"}, "cannot read the token file /nowhere"),
+        ({names.ENV_STATE_DIR: "/nowhere"}, "MLX_RUNNER_STATE_DIR='/nowhere' is no writable directory"),
+        ({config.ENV_GRACE: "soon"}, "MLX_RUNNER_GRACE_SECONDS='soon' is no duration"),
+        ({config.ENV_GRACE: "nan"}, "MLX_RUNNER_GRACE_SECONDS='nan' is no duration"),
+    ],
+)
+def test_a_bad_variable_is_one_sentence_that_names_it(
+    environment: dict[str, str], changes: dict[str, str], message: str
+) -> None:
+    with pytest.raises(config.ConfigError, match=r"^[^\n]*$") as caught:
+        config.from_environment({**environment, **changes})
+    assert message in str(caught.value)
+
+
+def test_a_supervisor_without_its_environment_says_so_and_exits_2() -> None:
+    root = Path(__file__).resolve().parents[2]
+    path = f"{root / 'api'}:{root / 'runner_image'}"
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_runner"], env={"PYTHONPATH": path}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "mlx-runner: cannot read the token file /var/run/secrets/mlx-operator.dev/token "
+    ) or done.stderr.startswith("mlx-runner: the environment variable MLX_INSTANCE_UID is not set")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_engine_gets_blas_threads_of_the_quota_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text("300000 100000")
+    blas = tmp_path / "openblas.so.0"
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LD_PRELOAD", "/other.so")
+    settings = config.Config(uid="u", rank=0, token="t", blas=blas)
+    cgroup = Cgroup(tmp_path, tmp_path / "membership")
+    env = engine_process.engine_environment(settings, cgroup, tmp_path / "page", 7)
+    assert (env["OPENBLAS_NUM_THREADS"], env["LD_PRELOAD"]) == ("3", "/other.so"), "the library is not there"
+    assert (env[channel.FD_VARIABLE], env[channel.PROGRESS_VARIABLE]) == ("7", str(tmp_path / "page"))
+    blas.touch()
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    env = engine_process.engine_environment(settings, cgroup, tmp_path / "page", 7)
+    assert (env["OPENBLAS_NUM_THREADS"], env["LD_PRELOAD"]) == ("1", f"{blas}:/other.so")
+
+
+def test_only_the_token_is_authorized() -> None:
+    assert authorized("Bearer secret", "secret")
+    assert authorized("bearer  secret ", "secret")
+    for header in (None, "", "secret", "Bearer", "Bearer secre", "Basic secret", "Bearer secret2", "Bearer sécret"):
+        assert not authorized(header, "secret")
+
+
+# -- requests
+class Engine:
+    """What the broker sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[channel.Command] = []
+        self.active: list[int] = []
+
+    def send(self, command: channel.Command) -> None:
+        self.sent.append(command)
+
+    @property
+    def ids(self) -> list[str]:
+        return [c.id for c in self.sent if isinstance(c, channel.Generate)]
+
+
+def generate(number: int) -> channel.Generate:
+    return channel.Generate(id=str(number), prompt="x")
+
+
+def finished(number: int) -> channel.Finished:
+    return channel.Finished(id=str(number), finish_reason="stop", prompt_tokens=1, completion_tokens=1)
+
+
+@pytest.fixture
+async def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+async def broker(engine: Engine) -> Broker:
+    return Broker(engine.active.append)
+
+
+async def test_requests_are_refused_before_the_first_ready(broker: Broker) -> None:
+    assert broker.refusal() == "the model is not ready yet"
+    with pytest.raises(UnavailableError):
+        broker.enter(generate(1))
+
+
+async def test_requests_go_to_the_engine_in_order_and_no_more_than_it_takes(broker: Broker, engine: Engine) -> None:
+    broker.open(engine.send, ServingOptions(max_concurrent_requests=2, max_queue=2))
+    tickets = [broker.enter(generate(n)) for n in range(4)]
+    assert (engine.ids, broker.active, broker.waiting) == (["0", "1"], 2, 2)
+    with pytest.raises(QueueFullError, match=r"serving.maxConcurrentRequests=2, serving.maxQueue=2"):
+        broker.enter(generate(4))
+    broker.deliver(finished(1))
+    assert engine.ids == ["0", "1", "2"]
+    assert tickets[1].answers.get_nowait() == finished(1)
+    broker.leave(tickets[3])
+    for n in (0, 2):
+        broker.deliver(finished(n))
+    assert (engine.ids, broker.active, engine.active[-1]) == (["0", "1", "2"], 0, 0)
+    assert broker.idle.is_set()
+
+
+async def test_a_queue_of_zero_still_serves_what_the_engine_takes(broker: Broker, engine: Engine) -> None:
+    broker.open(engine.send, ServingOptions(max_concurrent_requests=1, max_queue=0))
+    broker.enter(generate(0))
+    with pytest.raises(QueueFullError):
+        broker.enter(generate(1))
+
+
+async def test_the_place_of_a_client_that_left_is_free_when_the_engine_says_so(broker: Broker, engine: Engine) -> None:
+    broker.open(engine.send, ServingOptions(max_concurrent_requests=1))
+    gone, next_one = broker.enter(generate(0)), broker.enter(generate(1))
+    broker.leave(gone)
+    broker.leave(gone)
+    assert engine.sent[1:] == [channel.Cancel(id="0")]
+    assert (broker.active, next_one.dispatched.done()) == (1, False)
+    broker.deliver(finished(0))
+    assert (engine.ids, next_one.dispatched.done()) == (["0", "1"], True)
+
+
+async def test_a_lost_engine_fails_what_ran_and_the_next_epoch_serves_what_waited(
+    broker: Broker, engine: Engine
+) -> None:
+    broker.open(engine.send, ServingOptions(max_concurrent_requests=1))
+    ran, waited = broker.enter(generate(0)), broker.enter(generate(1))
+    broker.lose("engine killed")
+    assert ran.answers.get_nowait() == Lost("engine killed")
+    assert broker.refusal() is None
+    held = broker.enter(generate(2))
+    broker.deliver(channel.Delta(id="0", text="late", tokens=(1,)))
+    assert ran.answers.empty()
+
+    successor = Engine()
+    broker.open(successor.send, ServingOptions(max_concurrent_requests=2))
+    assert (successor.ids, engine.ids) == (["1", "2"], ["0"])
+    assert waited.dispatched.done()
+    assert held.dispatched.done()
+
+
+async def test_held_requests_are_refused_when_no_epoch_comes_in_time(engine: Engine) -> None:
+    broker = Broker(engine.active.append, hold_seconds=0.2)
+    broker.open(engine.send, ServingOptions())
+    broker.lose("engine killed")
+    held = broker.enter(generate(1))
+    with pytest.raises(UnavailableError, match="did not become ready again in time"):
+        await asyncio.wait_for(held.dispatched, 30)
+    assert broker.refusal() == "the model has not been ready for more than 0.2 s"
+    with pytest.raises(UnavailableError):
+        broker.enter(generate(2))
+    broker.open(engine.send, ServingOptions())
+    assert broker.refusal() is None
+
+
+async def test_a_draining_broker_refuses_what_waits_and_lets_run_what_runs(broker: Broker, engine: Engine) -> None:
+    broker.open(engine.send, ServingOptions(max_concurrent_requests=1))
+    ran, waits = broker.enter(generate(0)), broker.enter(generate(1))
+    broker.close("shutting down")
+    with pytest.raises(UnavailableError, match="shutting down"):
+        await waits.dispatched
+    assert broker.refusal() == "shutting down"
+    broker.deliver(finished(0))
+    assert ran.answers.get_nowait() == finished(0)
+    assert broker.idle.is_set()
+
+
+# -- the state file
+def report(epoch: int, state: RunnerState, **fields: object) -> RunnerReport:
+    base = RunnerReport(
+        instance_uid="u", rank=0, incarnation="first", seq=4, epoch=epoch, world_size=2, state=state, since=NOW
+    )
+    return base.model_copy(update=fields)
+
+
+FAILURE = LastFailure(epoch=2, time=NOW, state=RunnerState.LOADING, reason=Reason.OUT_OF_MEMORY, message="killed")
+EARLIER = Predecessor(incarnation="zeroth", epoch=1, state=RunnerState.READY, last_report=NOW)
+
+
+@pytest.mark.parametrize("state", [s for s in RunnerState if s is not RunnerState.SHUTDOWN])
+def test_a_runner_that_was_not_shut_down_is_inherited(tmp_path: Path, state: RunnerState) -> None:
+    failure = FAILURE if state is RunnerState.FAILED else None
+    StateFile(tmp_path).write(report(2, state, failure=failure))
+    found = StateFile(tmp_path).predecessor("u", 0)
+    assert found is not None
+    assert (found.incarnation, found.epoch, found.state, found.failure) == ("first", 2, state, failure)
+
+
+def test_what_is_no_runner_of_ours_is_not_inherited(tmp_path: Path) -> None:
+    file = StateFile(tmp_path)
+    assert file.predecessor("u", 0) is None
+    file.write(report(2, RunnerState.SHUTDOWN))
+    assert file.predecessor("u", 0) is None
+    file.write(report(2, RunnerState.READY))
+    assert file.predecessor("other", 0) is None
+    assert file.predecessor("u", 1) is None
+    (tmp_path / "report.json").write_text('{"half": ')
+    assert file.predecessor("u", 0) is None
+
+
+def test_a_supervisor_without_an_epoch_hands_its_own_inheritance_on(tmp_path: Path) -> None:
+    file = StateFile(tmp_path)
+    file.write(report(0, RunnerState.PENDING, predecessor=EARLIER))
+    assert file.predecessor("u", 0) == EARLIER
+
+
+def test_a_volume_that_cannot_be_written_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = StateFile(tmp_path / "gone")
+    for _ in range(3):
+        file.write(report(1, RunnerState.IDLE))
+    assert len(caplog.messages) == 1
+
+
+# -- children
+def test_orphans_are_reaped_and_owned_children_are_left_to_their_owner() -> None:
+    program = textwrap.dedent("""
+        import asyncio, ctypes, os, subprocess
+        from mlx_runner.supervisor import children
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to us, as to PID 1
+
+        async def main():
+            children.watch_orphans(asyncio.get_running_loop())
+            parent = children.spawn(["sh", "-c", "sleep 0.1 & sleep 0.2 & exit 7"], environment=os.environ,
+                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            print(await parent.wait())
+            async with asyncio.timeout(30):
+                while open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read():
+                    await asyncio.sleep(0.02)
+            print("none left")
+
+        asyncio.run(main())
+    """)
+    root = Path(__file__).resolve().parents[2]
+    env = {"PYTHONPATH": f"{root / 'api'}:{root / 'runner_image'}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("7\nnone left\n", "")
