@@ -59,7 +59,8 @@ class Record:
         stat = _stat(self.pid)
         if stat is None or stat[1] != self.started or self.boot_id != _boot_id():
             return False
-        if stat[0] not in "ZX":
+        # The first thread of a killed program ends before the others do, and they still hold its sockets.
+        if stat[0] not in "ZX" or stat[2] > 1:
             return True
         self._reap()
         return False
@@ -161,13 +162,14 @@ def command_line(pid: int) -> str:
         return ""
 
 
-def _stat(pid: int) -> tuple[str, int] | None:
-    """Return (state, start time) of a process; the name in parentheses may hold blanks, so count from its end."""
+def _stat(pid: int) -> tuple[str, int, int] | None:
+    """Return (state, start time, number of threads) of a process."""
     try:
+        # The name in parentheses may hold blanks: count from its end.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return fields[0], int(fields[19])
+    return fields[0], int(fields[19]), int(fields[17])
 
 
 def _boot_id() -> str:
