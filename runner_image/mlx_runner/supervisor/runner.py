@@ -25,7 +25,7 @@ from .requests import Broker
 log = logging.getLogger(__name__)
 
 MAX_DIAGNOSTICS = 8
-_LAST_WORDS_SECONDS = 1.0
+_LAST_WORDS_SECONDS = 1.5
 """For an engine that has said why it fails, or was told goodbye by force, to end itself."""
 _RING_POLL_SECONDS = 0.1
 _ANSWERS: dict[type, TaskName] = {
