@@ -81,7 +81,7 @@ def test_a_namespace_goes_away_with_what_is_in_it(own: ApiServer) -> None:
 
 def test_a_user_without_a_role_may_do_nothing(own: ApiServer, tmp_path: Path) -> None:
     kubeconfig = own.user_kubeconfig(tmp_path / "ann", "ann", ["dev"])
-    kubectl = [own.binaries / "kubectl", f"--kubeconfig={kubeconfig}", f"--cache-dir={tmp_path}"]
+    kubectl: list[str | Path] = [own.binaries / "kubectl", f"--kubeconfig={kubeconfig}", f"--cache-dir={tmp_path}"]
     assert "dev" in run_command([*kubectl, "auth", "whoami"])
     answer = subprocess.run([*kubectl, "get", "pods"], capture_output=True, text=True, timeout=30, check=False)
     assert 'User "ann" cannot list resource "pods"' in answer.stderr

@@ -2,8 +2,10 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -86,12 +88,7 @@ class Cluster(ClusterAccess):
             for node in nodes:
                 self._wait_ready(api, node, before[node.name])
             self._progress(f"{len(nodes)} nodes are Ready after {time.monotonic() - begun:.1f} s")
-            wait_until(
-                lambda: conditions(api.get(_COREDNS)).get("Available") == "True",
-                what="CoreDNS is Available",
-                seconds=_DNS_SECONDS,
-                progress=self._progress,
-            )
+            self._wait_dns(api, nodes)
 
     def down(self) -> None:
         """Remove everything of this cluster, whatever state it is in: processes, namespaces, mounts, cgroups, files.
@@ -191,6 +188,27 @@ class Cluster(ClusterAccess):
             log=self.paths.log(component),
             progress=self._progress,
         )
+
+    def _wait_dns(self, api: KubeApi, nodes: Sequence[Node]) -> None:
+        wait_until(
+            lambda: conditions(api.get(_COREDNS)).get("Available") == "True",
+            what="CoreDNS is Available",
+            seconds=_DNS_SECONDS,
+            progress=self._progress,
+        )
+        for node in nodes:
+            wait_until(
+                functools.partial(self._serves, node.name),
+                what=f"the Service of DNS answers on {node.name}",
+                seconds=_DNS_SECONDS,
+                log=self.paths.log(node.component("proxy")),
+                progress=self._progress,
+            )
+
+    def _serves(self, node: str) -> bool:
+        """Whether a connection to the Service of DNS comes about: kube-proxy writes its rules a moment later."""
+        probe = f"import socket; socket.create_connection(({manifests.DNS_ADDRESS!r}, 53), 2).close()"
+        return self.run_in(node, [sys.executable, "-I", "-S", "-c", probe], check=False).returncode == 0
 
     def _records(self) -> list[Record]:
         folder = self.paths.records
