@@ -6,7 +6,7 @@ the frame port, the others dial it; EOF there is a lost peer, as with the real e
 
 `FAKE_ENGINE_PLAN` may name a JSON file that is read at each command, so that a test can change it between epochs:
 `{"hang": "Load", "fail": {"on": "Connect", "reason": …, "message": …}, "exit": {"on": "Warmup", "code": 3},
-"token_seconds": 0.1, "layers": 4, "tokens": 12, "stderr": "…"}`.
+"eat": "Load" (memory, without end), "token_seconds": 0.1, "layers": 4, "tokens": 12, "stderr": "…"}`.
 """
 
 import json
@@ -97,6 +97,10 @@ class FakeEngine:
             fail = today["fail"]
             self.say(channel.Failure.model_validate({key: value for key, value in fail.items() if key != "on"}))
             os._exit(channel.FAILURE_EXIT_CODE)
+        if today.get("eat") == kind:
+            eaten = []
+            while True:
+                eaten.append(b"x" * 16 * 1024 * 1024)
         if today.get("hang") == kind:
             self.progress.write(Phase.WAITING)
             threading.Event().wait()

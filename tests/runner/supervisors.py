@@ -69,6 +69,7 @@ class Pod:
         self.home = home
         self.plan_file = home / "plan.json"
         self.reports: list[RunnerReport] = []
+        self.prefix: list[str] = []
         self._models = models
         self._engine = engine
         self._news = asyncio.Event()
@@ -112,7 +113,8 @@ class Pod:
 
     def _spawn(self, environment: dict[str, str]) -> None:
         with (self.home / "log").open("ab") as log:
-            self._process = subprocess.Popen([sys.executable, "-m", "mlx_runner"], env=environment, stderr=log)
+            argv = [*self.prefix, sys.executable, "-m", "mlx_runner"]
+            self._process = subprocess.Popen(argv, env=environment, stderr=log)
 
     async def stop(self) -> None:
         """End whatever still lives."""
