@@ -73,7 +73,13 @@ class Hub:
         """
         wanted = port or self._recorded_port()
         port_file = self._paths.root / "front.port"
-        if not self.running("front"):
+        if self.running("front"):
+            if port and port != self._recorded_port():
+                raise ClusterError(
+                    f"Cluster {self._paths.name!r} listens on port {self._recorded_port()}, not on --port {port}: "
+                    "run `down` first, or leave --port out."
+                )
+        else:
             if taken := taken_port(wanted):
                 if port:
                     raise ClusterError(taken[0])
