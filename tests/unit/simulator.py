@@ -13,6 +13,7 @@ from typing import Any
 from mlx_operator.decide.actions import Action, ApplyService, CreatePod, DeletePod, Notice, Plan, SendTask
 from mlx_operator.decide.observed import NodeView, Observed, Refusal, RunnerView, Settings
 from mlx_operator.decide.plan import plan
+from mlx_operator.decide.stored import read
 from mlx_operator_api import names
 from mlx_operator_api.base import format_time
 from mlx_operator_api.conditions import ConditionType, Reason
@@ -236,7 +237,7 @@ class Cluster:
 
     @property
     def status(self) -> Status:
-        return Status.model_validate(self.instance.get("status") or {})
+        return read(self.instance)
 
     def condition(self, kind: ConditionType) -> str:
         found = self.status.condition(kind)

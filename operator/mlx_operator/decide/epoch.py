@@ -106,6 +106,9 @@ def start(picture: Picture, status: Status) -> Status:
         return status
     if not all(_can_start(rank, status) for rank in picture.ranks) or not _settled(picture, status):
         return status
+    if not all(rank.heard_lately(clock.now) for rank in picture.ranks):
+        clock.wakes.append(clock.now + timedelta(seconds=1))
+        return status
     if picture.stored.epoch != status.epoch:
         # First the failure, or the reason for a new epoch, stands where everybody can read it.
         clock.wakes.append(clock.now)

@@ -22,6 +22,8 @@ _DEADLINES = {
     RunnerState.LOADING: ("load", Reason.LOAD_TIMEOUT, "not loaded"),
     RunnerState.WARMING_UP: ("warmup", Reason.WARMUP_TIMEOUT, "not warmed up"),
 }
+_TAINTED = "DeletionByTaintManager"
+"""Why the node's taints end a pod: all that is known of a lost node by who may not read nodes."""
 _WEAK, _VAGUE, _GENERIC, _SPECIFIC = 4, 3, 2, 1
 _STRENGTH = {
     Reason.PEER_LOST: _WEAK,
@@ -88,9 +90,8 @@ def _all(rank: Rank, epoch: int, picture: Picture, ended_by_us: bool) -> Iterato
     ):
         if evidence is not None:
             yield evidence
-    if ended_by_us:
-        return
-    late = _deadline(rank, epoch, picture) or _silence(rank, picture)
+    late = None if ended_by_us else _deadline(rank, epoch, picture)
+    late = late or _silence(rank, picture)
     if late is not None:
         yield late
 
@@ -112,6 +113,8 @@ def _pod(rank: Rank, picture: Picture) -> Evidence | None:
     pod, record, now = rank.pod, rank.record, picture.clock.now
     if pod is None or pod.uid != record.pod_uid:
         return _make(rank, Reason.POD_DELETED, f"its pod (uid {(record.pod_uid or '?')[:8]}) is gone", now)
+    if pod.disruption.startswith(_TAINTED) and not rank.alive:
+        return _make(rank, Reason.NODE_LOST, one_line(f"node {pod.node} is lost: {pod.disruption}", 400), now)
     if pod.over or pod.disruption:
         words = pod.disruption or listed(pod.reason, pod.message) or f"phase {pod.phase}"
         return _make(rank, Reason.EVICTED, f"its pod was evicted: {one_line(words, 400)}", now)

@@ -88,7 +88,7 @@ def _root(picture: Picture, status: Status, found: Sequence[Evidence]) -> Eviden
     if not best.weak:
         return best
     accused = next((rank for e in found for rank in picture.ranks if rank.rank == e.accused), None)
-    patience = ACCUSED_SECONDS if accused is None or accused.alive else SILENT_ACCUSED_SECONDS
+    patience = ACCUSED_SECONDS if accused is None or accused.heard_lately(picture.clock.now) else SILENT_ACCUSED_SECONDS
     noted = status.runner(best.rank).last_failure
     since = noted.time if noted is not None else picture.clock.stamp
     return best if picture.clock.passed(since + timedelta(seconds=patience)) else None

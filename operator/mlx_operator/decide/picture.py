@@ -6,12 +6,17 @@ from datetime import datetime, timedelta
 from mlx_operator_api import names
 from mlx_operator_api.runner import RunnerState, TaskName
 from mlx_operator_api.status import RunnerStatus, Status
-from mlx_operator_api.tasks import PROTOCOL, RunnerReport, TaskOutcome, TaskPhase
+from mlx_operator_api.tasks import HEARTBEAT_SECONDS, PROTOCOL, RunnerReport, TaskOutcome, TaskPhase
 
 from . import pods
 from .observed import Observed, Refusal, RunnerView, Settings
 from .pods import PodView
 from .spec import Wanted
+
+FRESH_SECONDS = HEARTBEAT_SECONDS + 2.0
+"""Age of the newest report or heartbeat of a supervisor that is surely in touch."""
+GONE_SECONDS = 30.0
+"""How long after its time a pod that is being deleted counts as left behind by its node."""
 
 
 @dataclass(slots=True)
@@ -62,6 +67,11 @@ class Rank:
     def alive(self) -> bool:
         """Its supervisor is in touch."""
         return self.view.connected and self.report is not None
+
+    def heard_lately(self, now: datetime) -> bool:
+        """No heartbeat is overdue; a broken network shows here before the stream is given up."""
+        received = self.view.received
+        return self.alive and (received is None or now - received <= timedelta(seconds=FRESH_SECONDS))
 
     @property
     def reachable(self) -> bool:
@@ -158,7 +168,7 @@ def _rank(rank: int, found: PodView | None, observed: Observed, wanted: Wanted, 
         foreign=None if ours else found,
         view=view,
         report=report,
-        node_lost=pod is not None and silent and node_lost(pod.node, pod.deleting, observed),
+        node_lost=pod is not None and silent and _abandoned(pod, observed, clock),
         refusal=observed.refusals.get(names.pod_name(wanted.name, rank)),
         notes=observed.pod_events.get(pod.uid, ()) if pod else (),
     )
@@ -169,6 +179,13 @@ def _silent(view: RunnerView, deadline: timedelta, settings: Settings, clock: Cl
     if view.connected:
         return view.received is not None and clock.now - view.received > deadline
     return view.report is not None or settings.started is None or clock.passed(settings.started + deadline)
+
+
+def _abandoned(pod: PodView, observed: Observed, clock: Clock) -> bool:
+    """Its node is lost; without access to nodes: its deletion is long overdue."""
+    if observed.settings.watch_nodes or pod.delete_by is None:
+        return node_lost(pod.node, pod.deleting, observed)
+    return pod.node is not None and clock.passed(pod.delete_by + timedelta(seconds=GONE_SECONDS))
 
 
 def node_lost(node: str | None, deleting: bool, observed: Observed) -> bool:

@@ -61,6 +61,8 @@ class PodView:
     template_hash: str | None
     created: datetime | None
     deleting: bool
+    delete_by: datetime | None
+    """When its grace period is over."""
     node: str | None
     ip: str | None
     phase: str
@@ -103,6 +105,7 @@ def view(pod: Manifest) -> PodView:
         template_hash=(metadata.get("annotations") or {}).get(names.TEMPLATE_HASH_ANNOTATION),
         created=time_of(metadata.get("creationTimestamp")),
         deleting=metadata.get("deletionTimestamp") is not None,
+        delete_by=time_of(metadata.get("deletionTimestamp")),
         node=spec.get("nodeName"),
         ip=_ipv4(status),
         phase=status.get("phase", "Pending"),

@@ -27,10 +27,13 @@ _START = {
     "CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError", "PreStartHookError",
     "PostStartHookError",
 }  # fmt: skip
-_PULL_PREFIX = re.compile(r'^(Back-off pulling image "[^"]*":? ?|Failed to pull image "[^"]*": |ErrImagePull: )+')
+_PULL_PREFIX = re.compile(
+    r'^((Back-off pulling image|Failed to pull image) "[^"]*":? ?'
+    r"|(ErrImagePull|RegistryUnavailable|SignatureValidationFailed): )+"
+)
 _CLAIM = re.compile(r"persistentvolumeclaim|PersistentVolumeClaim")
 _MOUNT = re.compile(r"MountVolume|Unable to attach or mount|FailedMount|AttachVolume|not found|sandbox")
-_NO_IMAGE_VOLUME = re.compile(r"must specify one volume type|image volume.*(not supported|disabled)", re.IGNORECASE)
+_NO_IMAGE_VOLUME = re.compile(r"must specify (a|one) volume type|ImageVolumeMountFailed|image volumes? .*not support")
 
 
 @dataclass(frozen=True, slots=True)

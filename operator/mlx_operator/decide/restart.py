@@ -65,14 +65,9 @@ def open_failure(status: Status) -> GroupFailure | None:
 
 
 def final_failure(status: Status) -> GroupFailure | None:
-    """The failure after which nothing starts by itself.
-
-    It did not open another epoch, or turned out to be hopeless before that epoch was given to the pods.
-    """
-    failure = open_failure(status)
-    if failure is None:
-        return None
-    return failure if failure.epoch == status.epoch or failure.reason.retry is Retry.NEVER else None
+    """The failure after which nothing starts by itself: it opened no other epoch."""
+    last = status.history[0] if status.history else None
+    return last if last is not None and last.epoch == status.epoch else None
 
 
 def next_step(status: Status, rules: RestartRules) -> str:
