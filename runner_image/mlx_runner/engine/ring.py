@@ -66,6 +66,14 @@ def _sockets() -> set[int]:
     return found
 
 
+def _connected(sock: socket.socket) -> bool:
+    """MLX leaves the socket of each failed attempt to connect open."""
+    try:
+        return sock.family == socket.AF_INET and bool(sock.getpeername())
+    except OSError:
+        return False
+
+
 def _watch(connect: Connect, descriptors: set[int], on_lost: Callable[[int, str], None]) -> None:
     """Tune the ring's sockets, and name the neighbour when one of them closes: MLX's own error names nobody."""
     port = ring_port(connect.epoch)
@@ -74,7 +82,7 @@ def _watch(connect: Connect, descriptors: set[int], on_lost: Callable[[int, str]
     for descriptor in descriptors:
         # A duplicate: MLX closes its own when it notices, and the number might be used again.
         duplicate = socket.socket(fileno=os.dup(descriptor))
-        if duplicate.family != socket.AF_INET:
+        if not _connected(duplicate):
             duplicate.close()
             continue
         tune(duplicate)
