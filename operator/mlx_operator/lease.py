@@ -3,14 +3,14 @@
 A candidate takes over a Lease that its holder gave back, or that did not change for its duration by our own
 monotonic clock (clocks of other machines are never trusted). A leader that could not renew for the renew deadline has
 lost, also while a request hangs. Each new leadership counts `leaseTransitions` up; the runners refuse tasks of a
-lower count.
+lower count. A new Lease therefore begins above every earlier one: at the seconds since 2024.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from mlx_operator.act.kube import Kube, KubeError, Manifest
@@ -27,6 +27,14 @@ class Timing:
     renew_deadline: float = 7.0
     retry: float = 2.0
     request: float = 3.0
+
+
+_EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
+
+
+def first_transitions(now: datetime) -> int:
+    """`leaseTransitions` of a new Lease: above those of a deleted one, which grew slower than the clock (an int32)."""
+    return int((now - _EPOCH).total_seconds())
 
 
 class Lease:
@@ -143,7 +151,7 @@ class Lease:
             "apiVersion": LEASES.api_version,
             "kind": LEASES.kind,
             "metadata": {"name": self._name, "namespace": self._namespace},
-            "spec": self._spec(1),
+            "spec": self._spec(first_transitions(self._now())),
         }
         try:
             self._lease = await self._kube.create(LEASES, self._namespace, body, seconds=self._timing.request)

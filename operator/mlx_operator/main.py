@@ -17,7 +17,7 @@ from mlx_operator.act.tokens import OperatorKey, UnusableKeyError, operator_key
 from mlx_operator.controller import Configuration, Controller, wall_clock
 from mlx_operator.decide.observed import Settings
 from mlx_operator.errors import StartError
-from mlx_operator.lease import Lease, Timing
+from mlx_operator.lease import Lease, Timing, first_transitions
 from mlx_operator.logs import decision
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe import host
@@ -87,7 +87,7 @@ class Process:
     async def _lead(self, kube: Kube, settings: Any) -> None:
         options = self._options
         if not options.leader_elect:
-            await self._work(kube, settings, 0)
+            await self._work(kube, settings, first_transitions(wall_clock()))
             return
         lease = self._lease = Lease(
             kube, options.namespace, options.lease_name, options.identity, now=wall_clock, timing=Timing()

@@ -103,7 +103,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         "--leader-elect",
         action=argparse.BooleanOptionalAction,
         default=environment.get(f"{_PREFIX}LEADER_ELECT", "true").lower() != "false",
-        help="lead through a Lease; without it tasks are not fenced: for tests of a single process only",
+        help="lead through a Lease; without it nothing keeps two operators from acting at once",
     )
     add("--lease-name", "mlx-operator", "name of the Lease")
     add("--key-secret", DEFAULT_KEY_SECRET, "name of the Secret with the operator's key")

@@ -28,7 +28,7 @@ from tests.cluster.deploy import NAMESPACE, RELEASE, ROOT
 from tests.cluster.waiting import tell
 
 OPERATOR = f"system:serviceaccount:{NAMESPACE}:{RELEASE}"
-OPERATOR_GROUPS = ("system:serviceaccounts", f"system:serviceaccounts:{NAMESPACE}", "system:authenticated")
+CONFINED_RELEASE = "confined"
 CRDS = Resource("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", namespaced=False)
 NAMESPACES = Resource("", "v1", "namespaces", "Namespace", namespaced=False)
 SERVICE_ACCOUNTS = Resource("", "v1", "serviceaccounts", "ServiceAccount")
@@ -91,6 +91,14 @@ class OperatorProcess:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
+    async def leads(self) -> None:
+        """Wait until it leads and has the whole picture."""
+
+        async def seeded() -> bool:
+            return "msg=seeded" in self.lines()
+
+        await eventually(seeded, "the operator leads", 20)
+
     def lines(self) -> str:
         """Its log."""
         return self.log.read_text()
@@ -106,13 +114,15 @@ class World:
         self.namespace = namespace
         self.folder = folder
         self.audit = AuditLog(server.audit_log)
+        self.user = OPERATOR
+        """Who operators are to the API server."""
         self._operators: list[OperatorProcess] = []
 
     async def operator(self, *flags: str, ready: bool = True) -> OperatorProcess:
         """Start an operator with the chart's permissions; by default wait until it is ready."""
         number = len(self._operators)
         kubeconfig = self.folder / "operator.kubeconfig"
-        self.server.user_kubeconfig(kubeconfig, OPERATOR, OPERATOR_GROUPS)
+        self.server.user_kubeconfig(kubeconfig, self.user, groups_of(self.user))
         log, port = self.folder / f"operator-{number}.log", free_port()
         argv = ["--kubeconfig", str(kubeconfig), "--namespace", NAMESPACE, "--runner-image", "runner:1"]
         argv += ["--metrics-bind", "off", "--probes-bind", f"127.0.0.1:{port}", *flags]
@@ -136,14 +146,22 @@ class World:
 
     async def close(self) -> None:
         """Remove the instances, then end the operators."""
-        for instance in (await self.kube.list(INSTANCES, self.namespace))[0]:
-            await self.delete(instance["metadata"]["name"])
-        await eventually(self._no_pods, "all pods are gone", 60)
-        for operator in self._operators:
-            await operator.kill()
+        try:
+            for instance in (await self.kube.list(INSTANCES, self.namespace))[0]:
+                await self.delete(instance["metadata"]["name"])
+            await eventually(self._no_pods, "all pods are gone", 60)
+        finally:
+            for operator in self._operators:
+                await operator.kill()
 
     async def _no_pods(self) -> bool:
         return not (await self.kube.list(PODS, self.namespace))[0]
+
+    def confine(self) -> None:
+        """Install the chart once more, for this namespace alone; operators are that release's from now on."""
+        release = f"{CONFINED_RELEASE}-{RELEASE}"
+        apply_chart(self.server, CONFINED_RELEASE, f"--set=watchNamespaces={{{self.namespace}}}")
+        self.user = f"system:serviceaccount:{NAMESPACE}:{release}"
 
     # -- instances
     async def create(self, name: str = "tiny", **spec: Any) -> Manifest:
@@ -198,7 +216,7 @@ class World:
     # -- what happened
     def writes(self, since: int = 0) -> list[Request]:
         """The operators' requests that changed something in the namespace, from the API server's audit log."""
-        return [r for r in self.audit.writes(since, user=OPERATOR) if r.namespace == self.namespace]
+        return [r for r in self.audit.writes(since, user=self.user) if r.namespace == self.namespace]
 
     async def pods(self) -> list[Manifest]:
         """All pods."""
@@ -247,22 +265,35 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def groups_of(user: str) -> list[str]:
+    """The groups that a service account is in."""
+    if not user.startswith("system:serviceaccount:"):
+        return []
+    return ["system:serviceaccounts", f"system:serviceaccounts:{user.split(':')[2]}"]
+
+
 def install(server: ApiServer) -> None:
-    """Apply the CRD and the chart's objects (without the Deployment: operators here are processes)."""
-    kubectl = [str(server.binaries / "kubectl"), f"--kubeconfig={server.kubeconfig}"]
+    """Apply the CRD and the chart."""
+    kubectl(server, "apply", "-f", str(ROOT / "crds"))
+    kubectl(server, "wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+    kubectl(server, "create", "namespace", NAMESPACE)
+    apply_chart(server, RELEASE)
+
+
+def apply_chart(server: ApiServer, release: str, *values: str) -> None:
+    """Apply the chart's objects, without the Deployment: operators here are processes."""
     helm = binaries.ensure(tell, only={"helm"}) / "helm"
-    argv = [str(helm), "template", RELEASE, str(ROOT / "helm" / "mlx-operator"), f"--namespace={NAMESPACE}"]
+    argv = [str(helm), "template", release, str(ROOT / "helm" / "mlx-operator"), f"--namespace={NAMESPACE}", *values]
     text = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout
-    objects = [item for item in yaml.safe_load_all(text) if item and item["kind"] not in ("Deployment",)]
-    objects.insert(0, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
-    crds = ["apply", "-f", str(ROOT / "crds")]
-    subprocess.run([*kubectl, *crds], check=True, timeout=60, capture_output=True)
-    wait = ["wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"]
-    subprocess.run([*kubectl, *wait], check=True, timeout=60, capture_output=True)
-    everything = yaml.safe_dump_all(objects)
-    subprocess.run(
-        [*kubectl, "apply", "-f", "-"], check=True, timeout=60, capture_output=True, input=everything.encode()
-    )
+    objects = [item for item in yaml.safe_load_all(text) if item and item["kind"] != "Deployment"]
+    kubectl(server, "apply", "-f", "-", stdin=yaml.safe_dump_all(objects))
+
+
+def kubectl(server: ApiServer, *arguments: str, stdin: str | None = None) -> None:
+    """Run kubectl as the administrator."""
+    argv = [str(server.binaries / "kubectl"), f"--kubeconfig={server.kubeconfig}", *arguments]
+    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @asynccontextmanager
@@ -274,19 +305,21 @@ async def world(server: ApiServer, namespace: str, folder: Path) -> AsyncIterato
     tls = ssl.create_default_context(cafile=settings.ssl_ca_cert)
     tls.load_cert_chain(settings.cert_file, settings.key_file)
     kube = Kube(settings)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls), read_bufsize=1 << 21) as session:
-        body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
-        await kube.create(NAMESPACES, None, body)
-        await forget_leader(kube)
+    try:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls), read_bufsize=1 << 21) as session:
+            body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
+            await kube.create(NAMESPACES, None, body)
+            await forget_leader(kube)
 
-        async def admitted() -> bool:
-            return bool((await kube.list(SERVICE_ACCOUNTS, namespace))[0])
+            async def admitted() -> bool:
+                return bool((await kube.list(SERVICE_ACCOUNTS, namespace))[0])
 
-        await eventually(admitted, "the namespace has a service account")
-        async with Kubelet(kube, session, server.url, namespace, folder) as kubelet:
-            made = World(server, kube, kubelet, namespace, folder)
-            try:
-                yield made
-            finally:
-                await made.close()
-    await kube.close()
+            await eventually(admitted, "the namespace has a service account")
+            async with Kubelet(kube, session, server.url, namespace, folder) as kubelet:
+                made = World(server, kube, kubelet, namespace, folder)
+                try:
+                    yield made
+                finally:
+                    await made.close()
+    finally:
+        await kube.close()

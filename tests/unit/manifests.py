@@ -52,7 +52,14 @@ def node(name: str = "n1", version: int = 1, ready: str = "True", heartbeat: str
 def report(seq: int = 1, incarnation: str = "2026-11-23T14:59:30Z-1", **more: Any) -> RunnerReport:
     """A report of rank 0."""
     return RunnerReport(
-        **{"instance_uid": UID, "rank": 0, "epoch": 1, "state": RunnerState.IDLE, "since": NOW, **more},
+        **{
+            "instance_uid": UID,
+            "rank": 0,
+            "epoch": 1,
+            "state": RunnerState.IDLE,
+            "since": NOW.replace(microsecond=0),
+            **more,
+        },
         incarnation=incarnation,
         seq=seq,
     )

@@ -14,7 +14,7 @@ from mlx_operator_api.conditions import Reason
 from tests.unit.fakekube import FakeKube
 from tests.unit.manifests import NOW, instance
 
-pytestmark = pytest.mark.looptime
+pytestmark = [pytest.mark.looptime, pytest.mark.timeout(30)]
 FAILED = Notice(
     type="Warning",
     reason=Reason.RUNNER_FAILED,

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_operator.workqueue import WorkQueue
 
-pytestmark = pytest.mark.looptime
+pytestmark = [pytest.mark.looptime, pytest.mark.timeout(30)]
 
 
 @pytest.fixture

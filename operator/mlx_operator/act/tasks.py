@@ -21,6 +21,8 @@ from mlx_operator_api.tasks import TaskAnswer, TaskPhase
 
 FIRST_RETRY_SECONDS = 0.2
 LONGEST_RETRY_SECONDS = 5.0
+_SAME_INSTANT_SECONDS = 0.001
+"""Timers fire up to a clock's resolution early."""
 
 
 class TaskSender:
@@ -54,7 +56,7 @@ class TaskSender:
         if uid in self._under_way:
             return
         wait = self._not_before.get(uid, 0.0) - asyncio.get_running_loop().time()
-        if wait > 0:
+        if wait > _SAME_INSTANT_SECONDS:
             self._later(key, wait)
             return
         task = asyncio.create_task(self._send(key, action), name=f"{action.request.task.name} to {action.pod}")

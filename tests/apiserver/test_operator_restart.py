@@ -1,0 +1,137 @@
+"""The operator goes away, in every phase and in every way; nothing is lost and nothing is done twice."""
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from mlx_operator.act.resources import INSTANCES, LEASES, PODS
+from mlx_operator_api.conditions import ConditionType
+from tests.apiserver.harness import World, condition, eventually, forget_leader, is_ready
+from tests.cluster.deploy import NAMESPACE, RELEASE
+
+
+async def test_a_restarted_operator_writes_nothing_where_nothing_is_to_be_done(place: World) -> None:
+    first = await place.operator()
+    await place.create("one")
+    await place.create("two", runners=1)
+    await place.until_ready("one")
+    await place.until_ready("two")
+    await place.settled()
+    assert await first.stop() < 4.5
+    mark = place.audit.mark()
+    await (await place.operator()).leads()
+    await place.settled(4)
+    assert place.writes(mark) == []
+
+
+PHASES = ["WaitingForPods", "WaitingForRunners", "EpochStarted", "Connecting", "Loading", "WarmingUp", "Ready"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_the_group_converges_after_the_operator_is_killed_in(place: World, phase: str) -> None:
+    first = await place.operator()
+    await place.create()
+
+    def reached(instance: dict[str, Any]) -> bool:
+        reason = condition(instance, ConditionType.READY).get("reason", "")
+        return reason in PHASES[PHASES.index(phase) :]
+
+    await place.until(reached, f"{phase} is reached")
+    await first.kill()
+    await forget_leader(place.kube)  # its Lease would run out after 10 s: another test waits for that
+    await (await place.operator()).leads()
+    instance = await place.until_ready()
+    await place.settled()
+    assert instance["status"]["epoch"] == 1
+    assert instance["status"].get("history", []) == []
+    assert len(await place.pods()) == 2
+    reasons = [event["reason"] for event in await place.events()]
+    assert len(reasons) == len(set(reasons)), reasons
+
+
+async def test_a_failure_while_no_operator_runs_is_found_by_the_next_one(place: World) -> None:
+    first = await place.operator()
+    await place.create()
+    before = await place.until_ready()
+    await first.stop()
+    pods = {pod["metadata"]["uid"] for pod in await place.pods()}
+    place.kubelet.kill_engine("tiny-1")
+    await place.operator()
+    after = await place.until(lambda i: is_ready(i) and i["status"]["epoch"] == 2, "Ready again in epoch 2")
+    assert before["status"]["epoch"] == 1
+    failure = after["status"]["history"][0]
+    assert failure["rank"] == 1, failure
+    assert {pod["metadata"]["uid"] for pod in await place.pods()} == pods
+
+
+async def test_a_deletion_while_no_operator_runs_leaves_no_child(place: World) -> None:
+    first = await place.operator()
+    await place.create()
+    await place.until_ready()
+    await first.stop()
+    await place.delete()
+
+    async def gone() -> bool:
+        return await place.children() == []
+
+    await eventually(gone, "no child is left", 40)
+    await place.operator()
+    await place.settled()
+    assert await place.children() == []
+
+
+async def test_a_second_operator_stands_by_and_takes_over(place: World) -> None:
+    first = await place.operator()
+    second = await place.operator()
+    await place.create()
+    await place.until_ready()
+    await place.settled()
+    assert "standing by" in second.lines()
+    assert "status written" not in second.lines()
+    began = time.monotonic()
+    await first.stop()
+    await second.leads()
+    assert time.monotonic() - began < 8  # it was given back, and did not have to run out (10 s)
+    await place.kube.merge_patch(INSTANCES, place.namespace, "tiny", {"spec": {"runners": 1}})
+    await place.until_ready()
+
+
+async def test_the_lease_of_a_killed_operator_runs_out(place: World) -> None:
+    first = await place.operator()
+    await place.create()
+    await place.until_ready()
+    before = await place.kube.get(LEASES, NAMESPACE, RELEASE)
+    await first.kill()
+    place.kubelet.kill_engine("tiny-0")
+    await (await place.operator()).leads()
+    after = await place.kube.get(LEASES, NAMESPACE, RELEASE)
+    assert after["spec"]["leaseTransitions"] == before["spec"]["leaseTransitions"] + 1
+    await place.until(lambda i: is_ready(i) and i["status"]["epoch"] == 2, "Ready again in epoch 2")
+
+
+async def test_a_leader_that_cannot_renew_ends_itself(place: World) -> None:
+    first = await place.operator()
+    lease = await place.kube.get(LEASES, NAMESPACE, RELEASE)
+    lease["spec"] |= {"holderIdentity": "somebody-else"}
+    await place.kube.replace(LEASES, NAMESPACE, RELEASE, lease)
+    assert await asyncio.wait_for(first.process.wait(), 10) == 1
+    assert "leadership lost" in first.lines()
+
+
+async def test_the_end_of_a_busy_operator_is_quick_and_clean(place: World) -> None:
+    operator = await place.operator()
+    for number in range(3):
+        await place.create(f"busy-{number}")
+
+    async def pods() -> bool:
+        return len((await place.kube.list(PODS, place.namespace))[0]) == 6
+
+    await eventually(pods, "all pods are created")
+    assert await operator.stop() < 4.5  # the host would wait 5 s for a task it takes for hung
+    assert operator.process.returncode == 0
+    assert "lease released" in operator.lines()
+    assert "Traceback" not in operator.lines()
+    lease = await place.kube.get(LEASES, NAMESPACE, RELEASE)
+    assert not lease["spec"].get("holderIdentity")

@@ -1,0 +1,241 @@
+"""Report streams: what becomes of lines, silence, loss and strangers, on a virtual clock."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import aiohttp
+import pytest
+
+from mlx_operator.act.resources import PODS
+from mlx_operator.act.runner import RunnerError, RunnerPort
+from mlx_operator.decide.observed import RunnerView
+from mlx_operator.metrics import Metrics
+from mlx_operator.observe.reports import LONGEST_RETRY_SECONDS, ReportStreams
+from mlx_operator.observe.runners import Urgency, address, receive
+from mlx_operator.observe.shelf import Key
+from mlx_operator.observe.store import Store
+from mlx_operator_api.runner import RunnerState
+from mlx_operator_api.tasks import RunnerReport
+from tests.unit.manifests import NOW, SETTINGS, pod, report
+
+pytestmark = [pytest.mark.looptime, pytest.mark.timeout(30)]
+
+
+class FakeRunner(RunnerPort):
+    """Streams what a test puts into `lines`; None ends the stream, an exception breaks it."""
+
+    def __init__(self) -> None:
+        self.lines: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
+        self.refusals: list[Exception] = []
+        self.dialled: list[float] = []
+        self.tokens: set[str] = set()
+
+    @asynccontextmanager
+    async def reports(self, pod_ip: str, token: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        self.dialled.append(asyncio.get_running_loop().time())
+        self.tokens.add(token)
+        if self.refusals:
+            raise self.refusals.pop(0)
+        yield self._lines()
+
+    async def _lines(self) -> AsyncIterator[bytes]:
+        while (line := await self.lines.get()) is not None:
+            if isinstance(line, Exception):
+                raise line
+            yield line
+
+    def say(self, said: RunnerReport) -> None:
+        self.lines.put_nowait(said.model_dump_json(by_alias=True).encode() + b"\n")
+
+
+@dataclass
+class Scene:
+    store: Store = field(default_factory=lambda: Store(SETTINGS))
+    runner: FakeRunner = field(default_factory=FakeRunner)
+    changes: list[Urgency] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.streams = ReportStreams(
+            self.store,
+            self.runner,
+            token_of=lambda uid: f"token of {uid}",
+            changed=self._changed,
+            now=lambda: NOW,
+            metrics=Metrics(),
+        )
+        self.store.pod_changed = self.streams.pod_changed
+
+    def _changed(self, key: Key, urgency: Urgency) -> None:
+        assert key == Key("default", "tiny")
+        self.changes.append(urgency)
+
+    @property
+    def view(self) -> RunnerView:
+        return self.store.view("pod-0")
+
+
+@pytest.fixture
+async def scene() -> AsyncIterator[Scene]:
+    scene = Scene()
+    yield scene
+    await scene.streams.close()
+
+
+async def test_a_report_of_a_running_pod_is_kept_and_concerns_its_instance(scene: Scene) -> None:
+    scene.store.put(PODS, pod())
+    scene.runner.say(report(seq=1))
+    await asyncio.sleep(0.1)
+    assert scene.view.report == report(seq=1)
+    assert scene.view.connected
+    assert scene.changes == [Urgency.AT_ONCE]
+    assert scene.runner.tokens == {"token of 11111111-2222"}
+
+
+async def test_a_pod_that_does_not_run_is_not_dialled(scene: Scene) -> None:
+    scene.store.put(PODS, pod(ip=None))
+    await asyncio.sleep(10)
+    assert scene.runner.dialled == []
+
+
+async def test_heartbeats_concern_nobody(scene: Scene) -> None:
+    scene.store.put(PODS, pod())
+    for seq in range(1, 50):
+        scene.runner.say(report(seq=seq, steps=seq, active_requests=seq % 3))
+    await asyncio.sleep(1)
+    assert scene.view.report is not None
+    assert scene.view.report.seq == 49
+    assert scene.changes == [Urgency.AT_ONCE]
+
+
+async def test_ready_and_running_that_alternate_are_not_urgent(scene: Scene) -> None:
+    scene.store.put(PODS, pod())
+    scene.runner.say(report(seq=1, state=RunnerState.READY))
+    scene.runner.say(report(seq=2, state=RunnerState.RUNNING))
+    scene.runner.say(report(seq=3, state=RunnerState.READY, layers="0-3"))
+    await asyncio.sleep(1)
+    assert scene.changes == [Urgency.AT_ONCE, Urgency.LAZY, Urgency.AT_ONCE]
+
+
+async def test_a_lost_stream_is_told_once_and_dialled_again_with_a_back_off(scene: Scene) -> None:
+    scene.store.put(PODS, pod())
+    scene.runner.say(report(seq=1))
+    await asyncio.sleep(0.1)
+    scene.runner.refusals = [aiohttp.ClientConnectionError("refused") for _ in range(20)]
+    scene.runner.lines.put_nowait(None)
+    await asyncio.sleep(20)
+    assert not scene.view.connected
+    gaps = [after - before for before, after in zip(scene.runner.dialled[1:], scene.runner.dialled[2:], strict=False)]
+    assert max(gaps) <= LONGEST_RETRY_SECONDS * 1.2
+    assert gaps[0] < 1.0
+    # the first report; the end of the stream; why it cannot be opened again, once
+    assert scene.changes == [Urgency.AT_ONCE] * 3
+    assert scene.view.report == report(seq=1)
+
+
+async def test_a_changed_pod_is_dialled_at_once(scene: Scene) -> None:
+    scene.runner.refusals = [aiohttp.ClientConnectionError("refused") for _ in range(6)]
+    scene.store.put(PODS, pod(version=1))
+    await asyncio.sleep(3.3)
+    scene.runner.refusals = []
+    scene.store.put(PODS, pod(version=2))
+    scene.runner.say(report())
+    await asyncio.sleep(0.01)
+    assert scene.view.connected
+
+
+async def test_an_undecodable_line_is_shown_and_the_stream_goes_on(scene: Scene) -> None:
+    scene.store.put(PODS, pod())
+    scene.runner.say(report(seq=1))
+    scene.runner.lines.put_nowait(b'{"state": "RunnerDancing"}\n')
+    scene.runner.lines.put_nowait(b'{"state": "RunnerDancing"}\n')
+    await asyncio.sleep(0.1)
+    assert scene.view.undecodable
+    assert scene.view.error is not None
+    assert "cannot be decoded" in scene.view.error
+    assert len(scene.view.error) <= 250
+    assert scene.view.report == report(seq=1)
+    assert scene.changes == [Urgency.AT_ONCE] * 2
+    scene.runner.say(report(seq=2))
+    await asyncio.sleep(0.1)
+    assert not scene.view.undecodable
+    assert scene.view.error is None
+
+
+async def test_a_report_of_another_runner_at_the_address_is_not_believed(scene: Scene) -> None:
+    scene.store.put(PODS, pod())
+    scene.runner.say(report(instance_uid="somebody-else"))
+    await asyncio.sleep(0.1)
+    assert scene.view.report is None
+    assert not scene.view.connected
+    assert scene.view.error is not None
+    assert "another runner" in scene.view.error
+
+
+async def test_a_refused_token_is_shown(scene: Scene) -> None:
+    scene.runner.refusals = [RunnerError(401, "HTTP 401: the bearer token is missing or wrong")] * 9
+    scene.store.put(PODS, pod())
+    await asyncio.sleep(1)
+    assert scene.view.error == "HTTP 401: the bearer token is missing or wrong"
+
+
+async def test_a_stream_ends_with_its_pod(scene: Scene) -> None:
+    scene.store.put(PODS, pod())
+    scene.runner.say(report())
+    await asyncio.sleep(0.1)
+    dialled = len(scene.runner.dialled)
+    scene.store.remove(PODS, "pod-0", "9")
+    scene.runner.lines.put_nowait(None)
+    await asyncio.sleep(30)
+    assert len(scene.runner.dialled) == dialled
+
+
+async def test_a_container_that_stops_keeps_its_last_report(scene: Scene) -> None:
+    scene.store.put(PODS, pod(version=1))
+    scene.runner.say(report())
+    await asyncio.sleep(0.1)
+    scene.store.put(PODS, pod(version=2, ip=None))
+    assert not scene.view.connected
+    assert scene.view.report == report()
+    assert scene.view.error == "the container does not run"
+
+
+OLD, NEW = "2026-11-23T14:59:30Z-1", "2026-11-23T15:00:00Z-1"
+
+
+@pytest.mark.parametrize(
+    ("known", "arriving", "kept"),
+    [
+        (report(seq=5), report(seq=4), "known"),
+        (report(seq=5), report(seq=5), "known"),
+        (report(seq=5), report(seq=6), "arriving"),
+        (
+            report(seq=9, incarnation=OLD),
+            report(seq=1, incarnation=NEW),
+            "arriving",
+        ),
+        (
+            report(seq=1, incarnation=NEW),
+            report(seq=9, incarnation=OLD),
+            "known",
+        ),
+    ],
+)
+async def test_the_newest_incarnation_counts_and_in_it_the_highest_seq(
+    known: RunnerReport, arriving: RunnerReport, kept: str
+) -> None:
+    view, _ = receive(RunnerView(), known, NOW, stream=True)
+    view, urgency = receive(view, arriving, NOW, stream=False)
+    assert view.report is (known if kept == "known" else arriving)
+    if kept == "known":
+        assert urgency is Urgency.NONE
+
+
+async def test_the_address_of_a_pod_is_its_ip_while_the_container_runs() -> None:
+    assert address(pod()) == "127.0.0.9"
+    assert address(pod(ip=None)) is None
+    assert address(None) is None
+    failed = pod()
+    failed["status"]["phase"] = "Failed"
+    assert address(failed) is None
