@@ -37,7 +37,7 @@ class Chatter(threading.Thread):
                     messages = [{"role": "user", "content": self._question}]
                     stream = llm.chat.completions.create(
                         model=self._instance.name,
-                        messages=messages,  # type: ignore[arg-type]
+                        messages=messages,
                         temperature=1.5,
                         max_tokens=400,
                         stream=True,

@@ -15,6 +15,7 @@ from tests.node.instance import Instance, one_per_node
 from tests.node.reports import following
 
 LIFECYCLE = [
+    RunnerState.PENDING,  # of this epoch: CreateRunner was accepted, its engine is being taken
     RunnerState.IDLE,
     RunnerState.CONNECTING,
     RunnerState.CONNECTED,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.demo_model.train import QUESTIONS
-from tests.cluster import images
+from tests.cluster import oci
 from tests.cluster.audit import AuditLog, Request
 from tests.cluster.cluster import Cluster
 from tests.cluster.deploy import NAMESPACE, RELEASE, Helm, image_values
@@ -120,7 +120,9 @@ class Testbed:
             directory = Path(folder) / "model"
             shutil.copytree(self.model, directory)
             _BREAK[kind](directory)
-            self.load_image(images.ensure_model(lambda _: None, directory, name))
+            layout = Path(folder) / "layout"
+            oci.write_image(layout, name, lambda tar: oci.tar_folder(directory, tar), {})
+            self.load_image(layout)
         return f"oci://{name}"
 
 
