@@ -102,6 +102,7 @@ def test_a_value_that_asks_for_nothing_passes(field: str, value: object) -> None
         ("stream", "yes", "invalid_value"),
         ("messages", [], "invalid_value"),
         ("messages", "hi", "invalid_value"),
+        ("stop", "\ud800", "invalid_value"),
     ],
 )
 def test_anything_else_is_refused_by_the_name_of_its_field(field: str, value: object, code: str) -> None:
@@ -126,6 +127,7 @@ def test_anything_else_is_refused_by_the_name_of_its_field(field: str, value: ob
             "unsupported_parameter",
         ),
         ({"role": "user", "content": "x", "mood": "sad"}, "messages[0].mood", "unknown_parameter"),
+        ({"role": "user", "content": "half a \ud83d pair"}, "messages[0].content", "invalid_value"),
     ],
 )
 def test_a_message_is_refused_by_its_place(message: dict[str, Any], param: str, code: str) -> None:
@@ -144,6 +146,9 @@ def test_a_completion_takes_one_prompt_as_text_or_tokens() -> None:
         assert parse_completion({"model": "m", "prompt": prompt}).generate("id").prompt == sent
     assert refusal({"model": "m", "prompt": ["a", "b"]}, parse_completion)[:2] == ("prompt", "unsupported_parameter")
     assert refusal({"model": "m", "prompt": []}, parse_completion)[:2] == ("prompt", "invalid_value")
+    assert refusal({"model": "m", "prompt": [1, -1]}, parse_completion)[1] == "invalid_value"
+    assert refusal({"model": "m", "prompt": [1, 1 << 40]}, parse_completion)[1] == "invalid_value"
+    assert refusal({"model": "m", "prompt": "\udfff"}, parse_completion)[:2] == ("prompt", "invalid_value")
     assert refusal({"model": "m"}, parse_completion)[:2] == ("prompt", "missing_required_parameter")
     assert refusal({"model": "m", "prompt": "x", "suffix": "y"}, parse_completion)[0] == "suffix"
     assert refusal({"model": "m", "prompt": "x", "logprobs": 1}, parse_completion)[0] == "logprobs"

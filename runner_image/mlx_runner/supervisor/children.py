@@ -47,6 +47,9 @@ class Child:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
+        # Before the reaping, which frees the process group's number: what the child had started ends with it.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
         code = self._process.wait()
         _owned.discard(self.pid)
         if not self._exit.done():

@@ -70,18 +70,29 @@ class EngineProcess:
         """Its exit, once it was reaped and its last words were read."""
         return await asyncio.shield(self._exit)
 
-    def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stderr: asyncio.StreamReader) -> None:
-        """Start to read from it."""
+    def run(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        stderr: asyncio.StreamReader,
+        pipe: asyncio.ReadTransport,
+    ) -> None:
+        """Start to read from it: its channel, and its stderr behind `pipe`."""
         self._writer = writer
-        self._task = asyncio.create_task(self._supervise(reader, stderr), name=f"engine-{self.pid}")
+        self._task = asyncio.create_task(self._supervise(reader, stderr, pipe), name=f"engine-{self.pid}")
+        self._task.add_done_callback(_log_bug)
 
-    async def _supervise(self, reader: asyncio.StreamReader, stderr: asyncio.StreamReader) -> None:
+    async def _supervise(
+        self, reader: asyncio.StreamReader, stderr: asyncio.StreamReader, pipe: asyncio.ReadTransport
+    ) -> None:
         readers = [asyncio.create_task(self._read_events(reader)), asyncio.create_task(self._read_stderr(stderr))]
+        readers[0].add_done_callback(self._deaf)
         code = await self._child.wait()
         _, late = await asyncio.wait(readers, timeout=_SETTLE_SECONDS)
         for task in late:
             task.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
+        pipe.close()
         if self._writer is not None:
             self._writer.close()
         self._last = self._progress.read()
@@ -102,6 +113,12 @@ class EngineProcess:
             self._abandon(f"it sent a line longer than {MAX_EVENT_BYTES} bytes")
         # Its end of the channel is closed: it is ending, or it cannot be talked to any more.
         asyncio.get_running_loop().call_later(_SETTLE_SECONDS, self._abandon, "it closed its channel")
+
+    def _deaf(self, reading: "asyncio.Task[None]") -> None:
+        """A bug of ours in what an event sets off: an engine that nobody listens to must not live on."""
+        _log_bug(reading)
+        if not reading.cancelled() and reading.exception() is not None:
+            self._abandon("its supervisor could not handle what it said")
 
     def _abandon(self, why: str) -> None:
         if self._child.alive:
@@ -134,6 +151,11 @@ class EngineProcess:
             sys.stderr.write(f"{_ENGINE_LINE}{text}\n")
 
 
+def _log_bug(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("a bug in the supervisor: %s", error, exc_info=error)
+
+
 async def spawn(config: Config, cgroup: Cgroup) -> EngineProcess:
     """Start an engine.
 
@@ -160,7 +182,7 @@ async def spawn(config: Config, cgroup: Cgroup) -> EngineProcess:
         os.close(write_end)
     engine = EngineProcess(child, progress, cgroup)
     reader, writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_EVENT_BYTES)
-    engine.run(reader, writer, await _read_pipe(read_end))
+    engine.run(reader, writer, *await _read_pipe(read_end))
     return engine
 
 
@@ -181,8 +203,9 @@ def engine_environment(config: Config, cgroup: Cgroup, page: Path, fd: int) -> M
     return environment
 
 
-async def _read_pipe(fd: int) -> asyncio.StreamReader:
+async def _read_pipe(fd: int) -> tuple[asyncio.StreamReader, asyncio.ReadTransport]:
     reader = asyncio.StreamReader(limit=1024 * 1024)
     pipe = os.fdopen(fd, "rb", buffering=0)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
-    return reader
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+    return reader, transport

@@ -79,8 +79,14 @@ class Engines:
                 log.error("the next engine cannot be started: %s", error)
                 asyncio.get_running_loop().call_later(self._next_backoff(), self.prepare)
                 return
-            self._spare.on_event = _log_failure
+            self._spare.on_event = self._spare_said
             self._spare.on_exit = self._spare_ended
+
+    def _spare_said(self, event: channel.Event) -> None:
+        if isinstance(event, channel.Started):
+            self._backoff = _FIRST_BACKOFF
+        elif isinstance(event, channel.Failure):
+            log.warning("an engine that no epoch used failed: %s", event.message)
 
     def _spare_ended(self, exit_: evidence.Exit) -> None:
         self._spare = None
@@ -103,8 +109,3 @@ class Engines:
             self._used.kill()
             await self._used.wait()
             self._used = None
-
-
-def _log_failure(event: channel.Event) -> None:
-    if isinstance(event, channel.Failure):
-        log.warning("an engine that no epoch used failed: %s", event.message)

@@ -1,10 +1,11 @@
 """The public API on rank 0: OpenAI's chat completions and completions, plain and as a stream."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from aiohttp import web
@@ -22,7 +23,7 @@ from .supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 8 * 1024 * 1024
+MAX_BODY_BYTES = 2 * 1024 * 1024
 _EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _DONE = b"data: [DONE]\n\n"
 
@@ -53,13 +54,19 @@ class PublicApi:
     # -- generation
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/chat/completions`."""
-        asked = parse_chat(await _json(request))
+        asked = parse_chat(await self._body(request))
         return await self._generate(request, asked, Chat(asked.model))
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/completions`."""
-        asked = parse_completion(await _json(request))
+        asked = parse_completion(await self._body(request))
         return await self._generate(request, asked, Completion(asked.model))
+
+    async def _body(self, request: web.Request) -> Any:
+        """The JSON; not even read where the request would not be taken in."""
+        with _admission():
+            self._supervisor.broker.admit()
+        return await _json(request)
 
     async def _generate(
         self, request: web.Request, asked: ChatRequest | CompletionRequest, shape: Shape
@@ -67,15 +74,9 @@ class PublicApi:
         broker = self._supervisor.broker
         usage = asked.include_usage()
         command = asked.generate(shape.id)
-        if (refusal := broker.refusal()) is not None:
-            raise ApiError(503, refusal, code="not_ready")
         self._check_model(asked.model)
-        try:
+        with _admission():
             ticket = broker.enter(command)
-        except UnavailableError as error:
-            raise ApiError(503, str(error), code="not_ready") from error
-        except QueueFullError as error:
-            raise ApiError(429, str(error), code="queue_full") from error
         started = time.monotonic()
         try:
             await _dispatched(ticket)
@@ -210,6 +211,16 @@ async def _tell(
         for chunk in shape.closing(answer, usage):
             await _send(response, chunk)
         await write(response, _DONE)
+
+
+@contextlib.contextmanager
+def _admission() -> Iterator[None]:
+    try:
+        yield
+    except UnavailableError as error:
+        raise ApiError(503, str(error), code="not_ready") from error
+    except QueueFullError as error:
+        raise ApiError(429, str(error), code="queue_full") from error
 
 
 async def _json(request: web.Request) -> Any:

@@ -3,7 +3,7 @@
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from mlx_runner import channel
 
@@ -47,6 +47,19 @@ _HARMLESS = frozenset(
 """Fields that are about the caller's bookkeeping and change no answer."""
 
 
+def _encodable(text: str) -> str:
+    """JSON may hold half a surrogate pair; no encoding of text can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"no valid Unicode: half a surrogate pair at character {error.start}") from error
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_encodable)]
+TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
+
+
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
@@ -61,11 +74,11 @@ class _Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: StrictStr
+    model: Text
     temperature: Annotated[float, Field(strict=True, ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: Text | list[Text] | None = None
     seed: StrictInt | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -107,7 +120,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
-    text: StrictStr
+    text: Text
 
 
 class Message(BaseModel):
@@ -116,8 +129,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | list[TextPart]
-    name: StrictStr | None = None
+    content: Text | list[TextPart]
+    name: Text | None = None
     refusal: None = None
     tool_calls: None = None
     function_call: None = None
@@ -151,7 +164,7 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """Body of `POST /v1/completions`."""
 
-    prompt: StrictStr | list[StrictInt] | list[StrictStr]
+    prompt: Text | list[TokenId] | list[Text]
 
     def generate(self, request_id: str) -> channel.Generate:
         """The command for the engine."""

@@ -138,8 +138,8 @@ class Broker:
             ticket.answers.put_nowait(event)
 
     # -- the client's side
-    def enter(self, command: channel.Generate) -> Ticket:
-        """Take a request in.
+    def admit(self) -> None:
+        """Would a request be taken in now?
 
         Raises:
             UnavailableError: nothing is accepted now.
@@ -155,6 +155,10 @@ class Broker:
                 f"(serving.maxConcurrentRequests={self._limits.max_concurrent_requests}, "
                 f"serving.maxQueue={self._limits.max_queue})"
             )
+
+    def enter(self, command: channel.Generate) -> Ticket:
+        """Take a request in; raises as `admit` does."""
+        self.admit()
         ticket = Ticket(command)
         self._waiting.append(ticket)
         self._pump()

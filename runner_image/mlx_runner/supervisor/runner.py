@@ -195,7 +195,7 @@ class Runner:
             message=message[:4096],
             exit_code=exit_.code if exit_ else None,
             signal=exit_.signal if exit_ else None,
-            diagnostics=tuple(line[: evidence.MAX_LINE] for line in diagnostics[-MAX_DIAGNOSTICS:]),
+            diagnostics=tuple(line[: evidence.MAX_LINE] for line in diagnostics[:MAX_DIAGNOSTICS]),
         )
         log.error(f"runner failed: reason={reason} epoch={self.epoch} state={failure.state} peer={peer}: {message}")
         if self._machine.fail(self.epoch, failure, peer):
@@ -211,7 +211,7 @@ class Runner:
         self._blame(diagnosis.of_exit(exit_, self._machine.report), exit_)
 
     def _blame(self, found: Diagnosis, exit_: evidence.Exit | None = None) -> None:
-        lines = exit_.stderr if exit_ else ()
+        lines = exit_.stderr[-MAX_DIAGNOSTICS:] if exit_ else ()
         self.fail(found.reason, found.message, exit_=exit_, peer=found.peer, diagnostics=lines)
 
     # -- events of the engine

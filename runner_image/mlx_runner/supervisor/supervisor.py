@@ -78,7 +78,7 @@ class Supervisor:
         self.machine.subscribe(self.state_file.write)
         self.state_file.write(self.machine.report)
         self.engines.prepare()
-        self._watch = asyncio.create_task(self._watch_engine(), name="watch")
+        self._watch = self._spawn(self._watch_engine())
 
     @property
     def served_name(self) -> str | None:

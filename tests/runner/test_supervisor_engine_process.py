@@ -1,0 +1,107 @@
+"""One engine process and the pair of pipes to it: garbage, a closed channel, a bug of ours."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_runner import channel
+from mlx_runner.supervisor import engine_process
+from mlx_runner.supervisor.cgroup import Cgroup
+from mlx_runner.supervisor.config import Config
+from mlx_runner.supervisor.engine_process import EngineProcess
+from mlx_runner.supervisor.engines import Engines
+from mlx_runner.supervisor.watch import read_process
+
+PATIENCE = 60.0
+PREAMBLE = "import os, socket, time; s = socket.socket(fileno=int(os.environ['MLX_RUNNER_CHANNEL_FD']));"
+STARTED = 's.sendall(b\'{"kind": "Started", "pid": 1, "device": "cpu", "blas": "x"}\\n\');'
+
+
+def config(tmp_path: Path, program: str) -> Config:
+    return Config(uid="u", rank=0, token="t", state_dir=tmp_path, engine_argv=(sys.executable, "-c", program))
+
+
+def children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()}
+
+
+async def start(tmp_path: Path, program: str) -> EngineProcess:
+    return await engine_process.spawn(config(tmp_path, PREAMBLE + program), Cgroup())
+
+
+async def test_garbage_is_skipped_and_what_follows_is_heard(tmp_path: Path) -> None:
+    engine = await start(tmp_path, f"s.sendall(b'garbage\\n{{\\n'); {STARTED} os._exit(5)")
+    events: list[channel.Event] = []
+    engine.on_event = events.append
+    exit_ = await asyncio.wait_for(engine.wait(), PATIENCE)
+    assert [event.kind for event in events] == ["Started"]
+    assert (exit_.code, engine.alive, engine.started) == (5, False, True)
+
+
+async def test_an_engine_that_closes_its_channel_is_killed_and_that_is_told(tmp_path: Path) -> None:
+    engine = await start(tmp_path, "s.close(); time.sleep(3600)")
+    exit_ = await asyncio.wait_for(engine.wait(), PATIENCE)
+    assert exit_.what() == "engine killed by its supervisor because it closed its channel"
+
+
+async def test_a_bug_in_what_an_event_sets_off_ends_the_engine_instead_of_leaving_it_unheard(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = await start(tmp_path, f"{STARTED} time.sleep(3600)")
+
+    def broken(event: channel.Event) -> None:
+        raise RuntimeError("a bug")
+
+    engine.on_event = broken
+    exit_ = await asyncio.wait_for(engine.wait(), PATIENCE)
+    assert exit_.what() == "engine killed by its supervisor because its supervisor could not handle what it said"
+    assert "a bug in the supervisor: a bug" in caplog.messages
+
+
+async def test_what_the_engine_started_dies_with_it_and_holds_nothing_up(tmp_path: Path) -> None:
+    said = tmp_path / "pid"
+    program = (
+        "import pathlib, subprocess; child = subprocess.Popen(['sleep', '3600']);"
+        f"pathlib.Path('{said}').write_text(str(child.pid)); os._exit(3)"
+    )
+    engine = await start(tmp_path, program)
+    exit_ = await asyncio.wait_for(engine.wait(), PATIENCE)
+    assert exit_.code == 3
+    async with asyncio.timeout(PATIENCE):
+        # Nobody reaps it here as PID 1 does in a pod: it may stay a zombie.
+        while (process := read_process(int(said.read_text()))) is not None and process.state != "Z":
+            await asyncio.sleep(0.02)
+
+
+async def test_commands_to_an_engine_that_is_gone_are_dropped(tmp_path: Path) -> None:
+    engine = await start(tmp_path, "os._exit(0)")
+    await asyncio.wait_for(engine.wait(), PATIENCE)
+    engine.send(channel.Warmup())
+    engine.kill()
+    assert engine.progress.steps == 0
+
+
+async def test_there_is_never_more_than_one_engine(tmp_path: Path) -> None:
+    engines = Engines(config(tmp_path, f"{PREAMBLE}{STARTED} time.sleep(3600)"), Cgroup())
+    engines.prepare()
+    seen: set[int] = set()
+    for _ in range(4):
+        engine = await engines.take()
+        engines.prepare()
+        await asyncio.sleep(0)
+        assert engine.pid in children()
+        assert not seen & children()
+        seen.add(engine.pid)
+    await engines.close()
+    assert not engine.alive
+    with pytest.raises(OSError, match="ending"):
+        await engines.take()
+
+
+async def test_a_program_that_is_not_there_is_an_error_of_the_start(tmp_path: Path) -> None:
+    settings = Config(uid="u", rank=0, token="t", state_dir=tmp_path, engine_argv=("/nowhere/engine",))
+    with pytest.raises(FileNotFoundError):
+        await engine_process.spawn(settings, Cgroup())
