@@ -176,6 +176,18 @@ async def test_across_a_restart_the_running_request_fails_and_the_next_one_is_he
     assert answer["choices"][0]["message"]["content"] == TEXT
 
 
+async def test_a_shutdown_for_a_restart_holds_requests_as_a_failure_does(instance: Group) -> None:
+    pod = instance.pods[0]
+    await instance.ready()
+    await instance.shut_down()
+    assert await pod.status("/readyz", names.PUBLIC_PORT) == 200
+    held = asyncio.create_task(post(pod, CHAT))
+    await metric(pod, "mlx_runner_requests_waiting 1.0")
+    await instance.ready(2)
+    status, _, _ = await held
+    assert status == 200
+
+
 async def test_a_full_queue_is_told_and_the_others_are_answered_in_turn(instance: Group) -> None:
     pod = instance.pods[0]
     instance.serving = ServingOptions(max_concurrent_requests=1, max_queue=1)

@@ -72,7 +72,7 @@ async def test_what_the_engine_started_dies_with_it_and_holds_nothing_up(tmp_pat
     assert exit_.code == 3
     async with asyncio.timeout(PATIENCE):
         # Nobody reaps it here as PID 1 does in a pod: it may stay a zombie.
-        while (process := read_process(int(said.read_text()))) is not None and process.state != "Z":
+        while (process := read_process(int(said.read_text()))) is not None and process.state != "Z":  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
