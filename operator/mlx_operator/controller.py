@@ -58,7 +58,7 @@ class Controller:
         self.observer = Observer(self.store, self.queue, metrics)
         self._port = RunnerPort()
         self._recorder = Recorder(kube, reporter=configuration.reporter, metrics=metrics)
-        self._lister = Lister(kube, self.store, configuration.scope)
+        self._lister = Lister(kube, self.store, configuration.scope, metrics)
         self._streams = ReportStreams(
             self.store, self._port, token_of=token_of, changed=self.observer.changed, now=wall_clock, metrics=metrics
         )
@@ -115,6 +115,11 @@ class Controller:
         self._spawn("event recorder", self._recorder.run())
         for number in range(self._configuration.workers):
             self._spawn(f"worker {number}", self._reconciler.run_worker())
+
+    def trouble(self) -> str | None:
+        """Which part ended although nobody stopped it; only a restart helps then."""
+        ended = [task.get_name() for task in self._tasks if task.done()]
+        return f"{', '.join(ended)} ended" if ended else None
 
     async def stop(self) -> None:
         """End everything that `start` began; what was begun and not done is found again by the next start."""

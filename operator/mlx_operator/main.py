@@ -64,7 +64,7 @@ class Process:
 
     async def _serve(self) -> None:
         options = self._options
-        probes = [probe("/healthz", lambda: None), probe("/readyz", self._unready)]
+        probes = [probe("/healthz", self._unhealthy), probe("/readyz", self._unready)]
         wanted = [(options.probes_bind, probes), (options.metrics_bind, [metrics_route(self._metrics.registry)])]
         for address, routes in wanted:
             if address is None:
@@ -74,6 +74,9 @@ class Process:
             except OSError as error:
                 raise StartError(f"cannot listen on {address.host}:{address.port}: {error.strerror}") from error
             self._servers.push_async_callback(server.cleanup)
+
+    def _unhealthy(self) -> str | None:
+        return self._controller.trouble() if self._controller is not None else None
 
     def _unready(self) -> str | None:
         if self._stopping:

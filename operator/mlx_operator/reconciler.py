@@ -28,6 +28,7 @@ from mlx_operator_api.status import Status
 
 DEADLINE_SECONDS = 30.0
 _CONFLICTS = 5
+_BUGS = 1000
 _SOONEST_SECONDS = 0.1
 Planner = Callable[[Observed, datetime], Plan]
 
@@ -104,7 +105,8 @@ class Reconciler:
         self._metrics.bugs.inc()
         text = f"{key} {type(error).__name__}: {error}"
         decision("bug", level=logging.ERROR, instance=key, error=error, traceback=text not in self._bugs)
-        self._bugs.add(text)
+        if len(self._bugs) < _BUGS:
+            self._bugs.add(text)
 
     async def reconcile(self, key: Key) -> None:
         """One pass.

@@ -323,3 +323,4 @@ async def world(server: ApiServer, namespace: str, folder: Path) -> AsyncIterato
                     await made.close()
     finally:
         await kube.close()
+        await asyncio.sleep(0.25)  # TLS connections say goodbye in the background; aiohttp offers nothing to await

@@ -51,10 +51,11 @@ class Scope:
 class Lister:
     """Takes over full lists into the store."""
 
-    def __init__(self, kube: Kube, store: Store, scope: Scope) -> None:
+    def __init__(self, kube: Kube, store: Store, scope: Scope, metrics: Metrics) -> None:
         self._kube = kube
         self._store = store
         self._scope = scope
+        self._metrics = metrics
 
     async def load(self) -> frozenset[Key]:
         """List every kind; returns the instances for which anything was new.
@@ -70,6 +71,7 @@ class Lister:
                 what = f"list {resource.plural} in namespace {namespace}" if namespace else f"list {resource.plural}"
                 raise KubeError(error.status, error.reason, f"{what}: {error.message}") from error
             touched |= self._store.replace(resource, items, version, namespace)
+            self._metrics.watched(resource.plural)
         return touched
 
     async def seed(self) -> None:
