@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from mlx_runner.channel import Goodbye, WarmedUp, Warmup
+from mlx_runner.channel import Goodbye, Warmup
 from mlx_runner.progress import Phase, Progress
 
 from . import frames
@@ -22,8 +22,6 @@ from .scheduler import Emission, Row, Scheduler
 _WARM_UP_UID = 0
 _WARM_UP_PROMPT = (0,) * 8
 _WARM_UP_TOKENS = 3
-_AHEAD = 3
-"""Frames without a step that are under way at a time: a pipeline prefills the next chunk meanwhile."""
 _CLEAR_AFTER_SECONDS = 1.0
 """Without work for this long, freed memory is given back: not between two requests of a busy client."""
 _GOODBYE_SECONDS = 0.8
@@ -33,7 +31,10 @@ Message = Row | CancelRow | Warmup | Goodbye
 
 
 class Leader:
-    """The loop of rank 0's main thread. Everything it has to know comes through `put`."""
+    """The loop of rank 0's main thread. Everything it has to know comes through `put`.
+
+    `ahead`: frames under way at a time, where none waits for the result of another.
+    """
 
     def __init__(
         self,
@@ -43,7 +44,8 @@ class Leader:
         *,
         progress: Progress,
         emit: Callable[[list[Emission]], None],
-        warmed_up: Callable[[WarmedUp], None],
+        warmed_up: Callable[[], None],
+        ahead: int,
     ) -> None:
         self._executor = executor
         self._scheduler = scheduler
@@ -52,6 +54,7 @@ class Leader:
         self._progress = progress
         self._emit = emit
         self._warmed_up = warmed_up
+        self._ahead = ahead
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._planned: deque[Frame] = deque()
         self._sequence = 0
@@ -89,7 +92,7 @@ class Leader:
                 self._goodbye = True
 
     def _plan(self) -> None:
-        while len(self._planned) < _AHEAD:
+        while len(self._planned) < self._ahead:
             operations = self._scheduler.plan()
             if not operations:
                 return
@@ -119,7 +122,7 @@ class Leader:
         for emission in emissions:
             if emission.uid == _WARM_UP_UID and emission.finish is not None:
                 self._send(frames.WarmedUp())
-                self._warmed_up(WarmedUp())
+                self._warmed_up()
         self._emit([emission for emission in emissions if emission.uid != _WARM_UP_UID])
 
     def _rest(self) -> None:

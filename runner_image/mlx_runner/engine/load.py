@@ -78,6 +78,9 @@ def _read_lazily(files: weights.Files, command: Load, *, pipelined: bool) -> tup
         raise EngineError(Reason.MODEL_CORRUPT, f"config.json does not fit its model_type: {error}") from error
     except KeyError as error:
         raise EngineError(Reason.MODEL_CORRUPT, f"the model's files lack {error}") from error
+    except ValueError as error:
+        # The kinds of quantization that mlx-lm refuses.
+        raise EngineError(Reason.MODEL_UNSUPPORTED, str(error).split("\n")[0]) from error
     return model, config, spans[0]
 
 

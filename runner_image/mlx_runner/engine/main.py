@@ -65,9 +65,14 @@ class Engine:
         self._reason = Reason.LOAD_FAILED
         server = serving.load(command, group, self)
         self._server = server
+        self._reason = Reason.WARMUP_FAILED
         self.events.send(server.loaded)
-        self._reason = Reason.ENGINE_CRASHED
         server.run()
+
+    def warmed_up(self) -> None:
+        """The warm-up is done on this rank: from now on a failure is a crash."""
+        self._reason = Reason.ENGINE_CRASHED
+        self.events.send(channel.WarmedUp())
 
     def crash(self, error: BaseException) -> None:
         """Report an exception and end."""
@@ -76,7 +81,7 @@ class Engine:
         if self.ending.leaving:
             self.ending.leave()
         failure = failures.describe(error, self._reason)
-        if "[ring]" in str(error) and failure.reason is Reason.ENGINE_CRASHED:
+        if "[ring]" in str(error) and failure.reason is not Reason.CONNECT_FAILED:
             failure = failure.model_copy(update={"reason": Reason.PEER_LOST})
         self.ending.fail(failure)
 

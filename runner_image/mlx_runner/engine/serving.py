@@ -23,6 +23,8 @@ from .scheduler import Emission, Scheduler
 from .text import load_tokenizer
 from .worker import WarmUpGate, Worker
 
+_FRAMES_AHEAD = 3
+"""In a pipeline the stages prefill several chunks of a long prompt at the same time."""
 _WORKER_GOODBYE_SECONDS = 0.8
 """A worker that is sent home waits this long for rank 0's own goodbye, which ends the whole group in good order."""
 
@@ -33,6 +35,9 @@ class Process(Protocol):
     progress: Progress
     events: Events
     ending: Ending
+
+    def warmed_up(self) -> None:
+        """Say that the warm-up is done."""
 
 
 @dataclass(slots=True)
@@ -89,7 +94,7 @@ def connect(command: channel.Connect, process: Process) -> Formed:
     if group.upstream is not None:
         formed.source = HiddenIn(group.upstream, waiting, computing)
     if group.rank > 0:
-        formed.gate = WarmUpGate(process.events.send)
+        formed.gate = WarmUpGate(process.warmed_up)
         formed.worker = Worker(group, progress, ending, formed.gate)
         formed.worker.listen()
     progress.write(Phase.IDLE)
@@ -101,7 +106,11 @@ def load(command: channel.Load, formed: Formed | None, process: Process) -> Serv
 
     Raises:
         EngineError: the model is missing, damaged, unsupported, or does not fit.
+        ValueError: the group is another one than the shard is for.
     """
+    group = formed.group if formed else None
+    if (group.rank if group else 0, group.world_size if group else 1) != (command.rank, command.world_size):
+        raise ValueError(f"Load as rank {command.rank} of {command.world_size} does not fit the group: {group}")
     shard = loading.load(command, formed.ring if formed else None, process.events.send)
     if formed is not None and command.sharding is Sharding.PIPELINE:
         compute: Compute = PipelineStage(Stage(shard.model, shard.span), formed.source, formed.sink)
@@ -110,7 +119,7 @@ def load(command: channel.Load, formed: Formed | None, process: Process) -> Serv
     executor = Executor(compute)
     if formed is not None and formed.worker is not None and formed.gate is not None:
         return WorkerServer(shard.loaded, executor, formed.worker, formed.gate, process.ending)
-    return LeaderServer(shard, command, executor, formed.group if formed else None, process)
+    return LeaderServer(shard, command, executor, group, process)
 
 
 class WorkerServer:
@@ -150,6 +159,9 @@ class LeaderServer:
     ) -> None:
         tokenizer = load_tokenizer(Path(command.path), shard.config)
         limits = Limits.of(command, shard.context_length)
+        if limits.context > shard.context_length:
+            asked = f"contextLength {limits.context} is more than the model's own {shard.context_length}"
+            process.events.notice(f"{asked}: answers beyond it may be nonsense", warning=True)
         self.loaded = shard.loaded
         self._ending = process.ending
         self._leader = Leader(
@@ -158,7 +170,8 @@ class LeaderServer:
             group,
             progress=process.progress,
             emit=self._emit,
-            warmed_up=process.events.send,
+            warmed_up=process.warmed_up,
+            ahead=_FRAMES_AHEAD if command.sharding is Sharding.PIPELINE and group else 1,
         )
         self._requests = Requests(tokenizer, limits, self._leader.put, process.events.send)
         self._requests.start()

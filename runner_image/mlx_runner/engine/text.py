@@ -50,7 +50,10 @@ class Tokenizer:
             PromptError: it holds token ids that the model does not have.
         """
         if isinstance(prompt, str):
-            return tuple(self._wrapped.encode(prompt))
+            try:
+                return tuple(self._wrapped.encode(prompt))
+            except Exception as error:  # half a surrogate pair, for one: the client's mistake
+                raise PromptError(f"the prompt cannot be tokenized: {error}", param="prompt") from error
         wrong = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
         if wrong is not None:
             message = f"token id {wrong} is not in the model's vocabulary of {self._vocabulary}"

@@ -8,7 +8,6 @@ import queue
 import threading
 from collections.abc import Callable
 
-from mlx_runner.channel import WarmedUp
 from mlx_runner.progress import Phase, Progress
 
 from . import frames
@@ -25,7 +24,7 @@ _LEADER_SECONDS = 2.0
 class WarmUpGate:
     """Answers the supervisor's warm-up when both have come: its command, and rank 0's word that it is done."""
 
-    def __init__(self, say: Callable[[WarmedUp], None]) -> None:
+    def __init__(self, say: Callable[[], None]) -> None:
         self._say = say
         self._lock = threading.Lock()
         self._asked = False
@@ -47,7 +46,7 @@ class WarmUpGate:
             if answer:
                 self._asked = False
         if answer:
-            self._say(WarmedUp())
+            self._say()
 
 
 class Worker:
