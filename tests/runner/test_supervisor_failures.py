@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mlx_operator_api import names
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.runner import ORDER, RunnerState, TaskName
 from mlx_operator_api.tasks import (
@@ -21,7 +22,7 @@ from mlx_operator_api.tasks import (
     TaskPhase,
 )
 
-from .supervisors import SOURCE, UID, Group, group
+from .supervisors import SOURCE, TOKEN, UID, Group, group
 
 S = RunnerState
 
@@ -349,3 +350,27 @@ async def test_a_report_stream_beats_while_nothing_changes(tmp_path: Path) -> No
         assert [r.seq for r in pod.reports] == sorted({r.seq for r in pod.reports})
         assert {r.instance_uid for r in pod.reports} == {UID}
         assert ORDER[pod.report.state] == 0
+
+
+async def test_clients_that_send_half_a_request_or_never_read_hold_nobody_up(tmp_path: Path) -> None:
+    async with group(tmp_path, 1) as instance:
+        pod = instance.pods[0]
+        connections = []
+        for port, text in [
+            (names.CONTROL_PORT, "POST /tasks HTTP/1.1\r\nHost: x\r\nContent-Le"),
+            (
+                names.CONTROL_PORT,
+                f"POST /tasks HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 9\r\n\r\n{{",
+            ),
+            (names.CONTROL_PORT, f"GET /reports HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"),
+            (names.CONTROL_PORT, "\x00\x01\x02\r\n\r\n"),
+            (names.PUBLIC_PORT, "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"),
+        ]:
+            _, writer = await asyncio.open_connection(pod.host, port)
+            writer.write(text.encode())
+            connections.append(writer)
+        await instance.ready()
+        os.kill(pod.pid, signal.SIGTERM)
+        assert await pod.exit_code() == 0
+        for writer in connections:
+            writer.close()
