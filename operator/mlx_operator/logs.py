@@ -19,7 +19,12 @@ def decision(
     """Log one decision with its fields (`instance`, `epoch`, `rank`, `reason`, ...); None values are left out."""
     if error is not None:
         fields["error"] = f"{type(error).__name__}: {error}"
-    shown = {key: value for key, value in fields.items() if value is not None}
+    # As text, but numbers and booleans: JSON would make a list of a named tuple.
+    shown = {
+        key: value if isinstance(value, int | float) else str(value)
+        for key, value in fields.items()
+        if value is not None
+    }
     log.log(level, what, extra={_FIELDS: shown}, exc_info=error if traceback else None)
 
 

@@ -15,11 +15,15 @@ from mlx_operator.observe.store import Store
 
 PATIENCE_SECONDS = 5.0
 PERIOD_SECONDS = 10.0
+LONGEST_PERIOD_SECONDS = 60.0
+"""For a pod of which nothing new was said for long."""
+SPACING_SECONDS = 0.1
+"""Between two requests: a cluster that is full has many waiting pods."""
 _NOTES = 3
 
 
 class PodEvents:
-    """Reads the Warning events of waiting pods, each pod at most once per period."""
+    """Reads the Warning events of waiting pods, each pod at most once per period, all of them at a bounded rate."""
 
     def __init__(
         self, kube: Kube, store: Store, *, changed: Callable[[Key], None], now: Callable[[], datetime]
@@ -29,13 +33,14 @@ class PodEvents:
         self._changed = changed
         self._now = now
         self._due: dict[str, datetime] = {}
+        self._period: dict[str, float] = {}
         self._some = asyncio.Event()
 
     def pod_changed(self, uid: str) -> None:
         """Begin or end to ask about a pod."""
         pod = self._store.pod(uid)
         if pod is None or not waits(pod):
-            self._due.pop(uid, None)
+            self._forget(uid)
             self._store.set_warnings(uid, ())
         elif uid not in self._due:
             created = datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
@@ -53,13 +58,15 @@ class PodEvents:
             if wait > 0:
                 await asyncio.sleep(min(wait, 1.0))
                 continue
-            self._due[uid] = self._now() + timedelta(seconds=PERIOD_SECONDS)
             await self._read(uid)
+            if uid in self._due:
+                self._due[uid] = self._now() + timedelta(seconds=self._period.get(uid, PERIOD_SECONDS))
+            await asyncio.sleep(SPACING_SECONDS)
 
     async def _read(self, uid: str) -> None:
         pod = self._store.pod(uid)
         if pod is None:
-            self._due.pop(uid, None)
+            self._forget(uid)
             return
         try:
             events, _ = await self._kube.list(
@@ -68,9 +75,17 @@ class PodEvents:
         except KubeError as error:
             decision("events of a waiting pod cannot be read", level=logging.WARNING, error=error, pod_uid=uid)
             return
-        if uid in self._due:  # it may run by now
-            for key in self._store.set_warnings(uid, notes(events)):
-                self._changed(key)
+        if uid not in self._due:  # it runs by now
+            return
+        touched = self._store.set_warnings(uid, notes(events))
+        for key in touched:
+            self._changed(key)
+        known = self._period.get(uid, PERIOD_SECONDS / 2)
+        self._period[uid] = PERIOD_SECONDS if touched else min(LONGEST_PERIOD_SECONDS, known * 2)
+
+    def _forget(self, uid: str) -> None:
+        self._due.pop(uid, None)
+        self._period.pop(uid, None)
 
 
 def waits(pod: Manifest) -> bool:
