@@ -2,9 +2,11 @@
 
 from collections import Counter
 
+import pytest
+
 from mlx_operator_api import names
-from mlx_operator_api.conditions import ConditionType
-from tests.apiserver.harness import World, condition, eventually
+from mlx_operator_api.conditions import ConditionType, Reason
+from tests.apiserver.harness import Manifest, World, condition, eventually
 
 
 async def test_two_runners_become_ready_with_few_writes_and_each_child_created_once(place: World) -> None:
@@ -41,10 +43,19 @@ async def test_nothing_is_written_while_nothing_happens(place: World) -> None:
     assert place.writes(mark) == []
 
 
-async def test_a_deleted_instance_leaves_no_child(place: World) -> None:
+PHASES = [Reason.WAITING_FOR_PODS, Reason.WAITING_FOR_RUNNERS, Reason.EPOCH_STARTED, Reason.LOADING, Reason.READY]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_an_instance_that_is_deleted_leaves_no_child_in(place: World, phase: Reason) -> None:
     await place.operator()
     await place.create()
-    await place.until_ready()
+
+    def reached(instance: Manifest) -> bool:
+        reason = condition(instance, ConditionType.READY).get("reason")
+        return reason in [each for each in Reason if each.ordinal >= phase.ordinal]
+
+    await place.until(reached, f"{phase} is reached")
     await place.delete()
 
     async def gone() -> bool:
