@@ -6,11 +6,12 @@ once, and whoever asks for it again awaits the same end.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.names import ring_port
-from mlx_operator_api.runner import TaskName
+from mlx_operator_api.runner import RunnerState, TaskName
 from mlx_operator_api.status import LastFailure
 from mlx_operator_api.tasks import ConnectToGroup, CreateRunner, Sharding
 from mlx_runner import channel
@@ -28,6 +29,8 @@ MAX_DIAGNOSTICS = 8
 _LAST_WORDS_SECONDS = 1.5
 """For an engine that has said why it fails, or was told goodbye by force, to end itself."""
 _RING_POLL_SECONDS = 0.1
+_RUNNING_SECONDS = 1.0
+"""An engine that took a step within this time was running requests."""
 _ANSWERS: dict[type, TaskName] = {
     channel.Connected: TaskName.CONNECT_TO_GROUP,
     channel.Loaded: TaskName.LOAD_MODEL,
@@ -190,7 +193,7 @@ class Runner:
         failure = LastFailure(
             epoch=self.epoch,
             time=utc_now(),
-            state=self._machine.state,
+            state=self._true_state(),
             reason=reason,
             message=message[:4096],
             exit_code=exit_.code if exit_ else None,
@@ -201,6 +204,14 @@ class Runner:
         if self._machine.fail(self.epoch, failure, peer):
             self._broker.lose(message)
         self.retire(last_words)
+
+    def _true_state(self) -> RunnerState:
+        """The state at this moment: a worker knows of no requests, but its engine had frames to compute."""
+        state = self._machine.state
+        if state is not RunnerState.READY or self.engine is None:
+            return state
+        computed = time.monotonic() - self.engine.progress.changed < _RUNNING_SECONDS
+        return RunnerState.RUNNING if computed else state
 
     def _on_exit(self, exit_: evidence.Exit) -> None:
         if self._ended:
