@@ -6,6 +6,7 @@ different things give different tokens.
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,9 @@ def write_tokenizer(path: Path) -> int:
     }
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return int(tokenizer.token_to_id("<|im_end|>"))
+
+
+def copy(model: Path, to: Path) -> Path:
+    """A copy to damage."""
+    shutil.copytree(model, to)
+    return to

@@ -79,6 +79,7 @@ class Former:
         self._missing = inbound(connect) | outbound(connect)
         self._made: dict[Link, socket.socket] = {}
         self._why: dict[int, str] = {}
+        self._answered: set[int] = set()
         self._strangers: list[str] = []
         self._told: tuple[int, ...] = ()
         self._changed = threading.Condition()
@@ -120,6 +121,10 @@ class Former:
             threading.Thread(target=self._dial, args=link, name=f"dial-{link[0]}", daemon=True).start()
         try:
             self._wait()
+        except EngineError:
+            for sock in self._made.values():
+                sock.close()
+            raise
         finally:
             self._over.set()
             if self._listener is not None:
@@ -217,9 +222,12 @@ class Former:
                 handshake.dial(sock, self._connect.token, self._hello(purpose))
             return sock
         except (handshake.StrangerError, handshake.RefusedError, EOFError) as error:
+            self._answered.add(peer.rank)
             self._why[peer.rank] = str(error)
         except OSError as error:
-            self._why[peer.rank] = (error.strerror or str(error)).lower()
+            # An answer in a handshake says more than a port that is closed before or after it.
+            if peer.rank not in self._answered:
+                self._why[peer.rank] = (error.strerror or str(error)).lower()
         if sock is not None:
             sock.close()
         return None

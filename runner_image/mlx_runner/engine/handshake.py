@@ -62,9 +62,10 @@ def mismatch(mine: Hello, theirs: Hello) -> str | None:
         ("sharding", mine.sharding, theirs.sharding),
     ):
         if one != other:
-            return f"{field} is {one} here, {other} there"
+            return f"{field} of rank {mine.rank} is {one}, of rank {theirs.rank} {other}"
     if mine.model_digest and theirs.model_digest and mine.model_digest != theirs.model_digest:
-        return f"model digest is {mine.model_digest[:19]} here, {theirs.model_digest[:19]} there"
+        digests = f"{mine.model_digest[:19]}, of rank {theirs.rank} {theirs.model_digest[:19]}"
+        return f"model digest of rank {mine.rank} is {digests}"
     return None
 
 

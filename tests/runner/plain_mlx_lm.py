@@ -1,0 +1,27 @@
+"""The oracle: mlx-lm as it is, one sequence at a time, greedy. python plain_mlx_lm.py MODEL PROMPTS TOKENS → JSON."""
+
+import json
+import os
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
+
+
+def main(path: str, prompts: list[list[int]], count: int) -> None:
+    """Answer every prompt."""
+    from pathlib import Path
+
+    model, _ = load_model(Path(path))
+    answers = []
+    for prompt in prompts:
+        steps = generate_step(mx.array(prompt), model, max_tokens=count)
+        answers.append([int(token) for token, _ in steps])
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))

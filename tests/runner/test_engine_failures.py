@@ -1,0 +1,147 @@
+"""What an engine reports, and how it ends, when its group breaks or ends."""
+
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_operator_api.conditions import Reason
+from mlx_operator_api.tasks import Sharding
+from mlx_runner import channel
+
+from . import tiny_models
+from .conftest import PROMPTS
+from .engine_ranks import Rank, Ranks, UnexpectedError, address, generate, running, wait_listening
+
+Tiny = Callable[[str], Path]
+NOTICED = 10.0
+"""Seconds; measured 10-50 ms on an idle machine."""
+
+
+def failure(rank: Rank, seconds: float = NOTICED) -> channel.Failure:
+    """The failure that a rank reports; anything else is read over."""
+    while not isinstance(event := rank.next(seconds), channel.Failure):
+        pass
+    return event
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sharding", "killed", "busy"),
+    [
+        (2, Sharding.PIPELINE, 0, False),
+        (2, Sharding.TENSOR, 1, True),
+        (3, Sharding.PIPELINE, 2, True),
+    ],
+)
+def test_when_a_rank_is_killed_the_others_name_it_and_end(
+    tmp_path: Path, tiny: Tiny, world_size: int, sharding: Sharding, killed: int, busy: bool
+) -> None:
+    with running(tmp_path, world_size, sharding) as ranks:
+        ranks.serve(tiny("qwen2"))
+        if busy:
+            ranks[0].send(generate("lost", PROMPTS[0], 2000))
+            for _ in range(5):
+                ranks[0].expect(channel.Delta)
+        ranks[killed].kill()
+        for rank in ranks.ranks:
+            if rank.rank == killed:
+                continue
+            told = failure(rank)
+            assert (told.reason, told.peer) == (Reason.PEER_LOST, killed), f"rank {rank.rank}: {told}"
+            assert f"rank {killed}" in told.message
+            assert rank.exit_code() == channel.FAILURE_EXIT_CODE
+
+
+def test_an_engine_whose_supervisor_is_gone_ends_itself(tmp_path: Path, tiny: Tiny) -> None:
+    with running(tmp_path, 1) as ranks:
+        ranks.serve(tiny("qwen2"))
+        ranks[0].send(generate("running", PROMPTS[0], 1900))
+        ranks[0].expect(channel.Delta)
+        ranks[0].hang_up()
+        assert ranks[0].exit_code() == channel.FAILURE_EXIT_CODE
+
+
+def test_a_damaged_file_is_named_and_the_engine_ends(tmp_path: Path, tiny: Tiny) -> None:
+    model = tiny_models.copy(tiny("qwen2"), tmp_path / "model")
+    file = model / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with running(tmp_path, 1) as ranks:
+        ranks[0].send(ranks.load_command(0, model))
+        told = failure(ranks[0])
+        assert told.reason is Reason.MODEL_CORRUPT
+        assert file.name in told.message
+        assert "weights.py" in told.diagnostics[0]
+        assert ranks[0].exit_code() == channel.FAILURE_EXIT_CODE
+
+
+def test_a_load_that_does_not_fit_the_group_fails_with_the_exception(tmp_path: Path, tiny: Tiny) -> None:
+    with running(tmp_path, 1) as ranks:
+        ranks[0].send(ranks.load_command(0, tiny("qwen2"), world_size=2))
+        told = failure(ranks[0])
+        assert told.reason is Reason.LOAD_FAILED
+        assert told.message.startswith("ValueError: Load as rank 0 of 2")
+
+
+class Strangers:
+    """Connections to rank 0's frame port by others than its peers."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        host = address(ranks.group, 0)
+        wait_listening(host, ranks.port)
+        self.silent = socket.create_connection((host, ranks.port))
+        self.talker = socket.create_connection((host, ranks.port))
+        self.talker.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(200))
+        socket.create_connection((host, ranks.port)).close()
+
+    def close(self) -> None:
+        self.silent.close()
+        self.talker.close()
+
+
+def test_strangers_on_the_frame_port_are_harmless_and_a_goodbye_ends_all(tmp_path: Path, tiny: Tiny) -> None:
+    with running(tmp_path, 2) as ranks:
+        ranks[0].send(ranks.connect_command(0))
+        assert ranks[0].expect(channel.WaitingFor).ranks == (1,)
+        strangers = Strangers(ranks)
+        ranks[1].send(ranks.connect_command(1))
+        for rank in ranks.ranks:
+            rank.expect(channel.Connected)
+        strangers.close()
+        ranks.load(tiny("qwen2"))
+        ranks.warm_up()
+        ranks[0].send(generate("works", PROMPTS[0], 3))
+        assert len(ranks[0].answer("works").tokens) == 3
+        # As both supervisors do it when the instance is deleted, the worker's first.
+        ranks[1].send(channel.Goodbye())
+        ranks[0].send(channel.Goodbye())
+        assert [rank.exit_code() for rank in ranks.ranks] == [0, 0]
+        for rank in ranks.ranks:
+            with pytest.raises(UnexpectedError, match="closed its channel"):
+                failure(rank)
+
+
+def test_a_stopped_rank_is_what_the_others_wait_for(pipeline: Ranks) -> None:
+    leader, worker = pipeline[0], pipeline[1]
+    leader.send(generate("stuck", PROMPTS[0], 2000))
+    for _ in range(3):
+        leader.expect(channel.Delta)
+    worker.process.send_signal(signal.SIGSTOP)
+    try:
+        read_until_silent(leader)
+        snapshot = leader.progress.read()
+        assert (snapshot.phase.name, snapshot.waiting_for) == ("WAITING", 1)
+    finally:
+        worker.process.send_signal(signal.SIGCONT)
+    leader.expect(channel.Delta)
+    leader.send(channel.Cancel(id="stuck"))
+    leader.answer("stuck")
+
+
+def read_until_silent(rank: Rank) -> None:
+    while True:
+        try:
+            rank.next(1.0)
+        except UnexpectedError:
+            return
