@@ -32,7 +32,7 @@ _STARTED = time.monotonic()
 KILL_ENGINE = """
 import os, pathlib, signal
 for process in pathlib.Path("/proc").glob("[0-9]*"):
-    if b"mlx_runner.engine" in (process / "cmdline").read_bytes():
+    if b"mlx_runner.engine" in (process / "cmdline").read_bytes().split(b"\\0"):
         os.kill(int(process.name), signal.SIGKILL)
 """
 
