@@ -214,6 +214,7 @@ class Cluster:
         self.refuse: Refusal | None = None
         self.unplaceable: str | None = None
         self.pull_error: str | None = None
+        self.notes: dict[str, tuple[str, ...]] = {}
         self.settings = Settings(runner_image="runner:1", key_id="abcdef0123", started=START)
         self.views: dict[str, RunnerView] = {}
         self.patches: list[Status] = []
@@ -233,6 +234,7 @@ class Cluster:
             runners=dict(self.views),
             nodes=dict(self.nodes),
             refusals=dict(self.refusals),
+            pod_events=dict(self.notes),
         )
 
     @property

@@ -136,11 +136,13 @@ def _placed(rank: Rank, picture: Picture) -> Problem | None:
 
 def _started(rank: Rank, picture: Picture) -> Problem | None:
     pod = rank.pod
-    if pod is None or pod.deleting or not pod.scheduled or rank.node_lost:
+    if pod is None or pod.deleting or rank.node_lost:
         return None
     if pod.over:
         words = f"its pod ended before it joined: {listed(pod.reason, pod.message) or pod.phase}; another one follows"
         return _problem(picture, rank, Reason.EVICTED, words, stalled=False, remedy="")
+    if not pod.scheduled:
+        return None
     box = pod.container
     if box.waiting in _PULL:
         return _pull(rank, pod, picture)
