@@ -65,6 +65,8 @@ def load(command: Load, group: Any, tell: Callable[[LayerLoaded], None]) -> Shar
 
 def _read_lazily(files: weights.Files, command: Load, *, pipelined: bool) -> tuple[Any, dict[str, Any], Span]:
     """The model with lazy arrays for weights: headers are read, data is not."""
+    if "model_file" in files.config:
+        raise EngineError(Reason.MODEL_UNSUPPORTED, "the model brings its own code (model_file), which is never run")
     spans: list[Span] = []
 
     def classes(config: dict[str, Any]) -> tuple[type, type]:
@@ -88,8 +90,6 @@ def _classes(config: dict[str, Any]) -> tuple[type, type]:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise EngineError(Reason.MODEL_UNSUPPORTED, "config.json names no model_type")
-    if "model_file" in config:
-        raise EngineError(Reason.MODEL_UNSUPPORTED, "the model brings its own code (model_file), which is never run")
     try:
         return _get_classes(config)
     except ValueError as error:

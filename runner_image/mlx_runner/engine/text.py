@@ -9,6 +9,8 @@ from mlx_operator_api.conditions import Reason
 from .failures import EngineError
 
 _REPLACEMENT = "\ufffd"
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "tiktoken.model", "vocab.json", "vocab.txt")
+"""Files of which a tokenizer needs one."""
 
 
 class PromptError(Exception):
@@ -72,12 +74,16 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> Tokenizer:
     Raises:
         EngineError: it is missing or damaged.
     """
+    if not any(next(path.glob(pattern), None) for pattern in _VOCABULARIES):
+        # transformers would make up an empty one.
+        message = f"{path} has no tokenizer: none of {', '.join(_VOCABULARIES)}"
+        raise EngineError(Reason.MODEL_CORRUPT, message)
     from mlx_lm.utils import load_tokenizer as load  # after the environment is set (imports.py)
 
     try:
         wrapped = load(path, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # the library raises what its parsers raise
-        found = ", ".join(sorted(file.name for file in path.glob("tokenizer*"))) or "no tokenizer files"
+        found = ", ".join(sorted(file.name for file in path.glob("tokenizer*")))
         first = str(error).strip().split("\n")[0]
         message = f"the tokenizer in {path} cannot be read ({found}): {type(error).__name__}: {first}"
         raise EngineError(Reason.MODEL_CORRUPT, message) from error

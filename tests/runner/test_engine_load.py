@@ -1,0 +1,293 @@
+"""Loading a shard: all of it or a failure that names what is wrong. In this process: nothing here needs a group."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_operator_api.conditions import Reason
+from mlx_operator_api.tasks import Sharding
+from mlx_runner.channel import LayerLoaded, Load
+from mlx_runner.engine import imports
+
+from . import tiny_models
+
+imports.import_all()
+
+import mlx.core as mx  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+
+from mlx_runner.engine import load as loading  # noqa: E402
+from mlx_runner.engine.failures import EngineError  # noqa: E402
+from mlx_runner.engine.text import load_tokenizer  # noqa: E402
+
+Tiny = Callable[[str], Path]
+
+
+def command(model: Path, rank: int = 0, world_size: int = 1, **options: Any) -> Load:
+    options.setdefault("sharding", Sharding.PIPELINE)
+    return Load(
+        path=str(model), served_name="m", rank=rank, world_size=world_size, max_concurrent_requests=4, **options
+    )
+
+
+def load(model: Path, rank: int = 0, world_size: int = 1, **options: Any) -> loading.Shard:
+    return loading.load(command(model, rank, world_size, **options), None, lambda event: None)
+
+
+def refused(model: Path, rank: int = 0, world_size: int = 1, group: Any = None, **options: Any) -> EngineError:
+    with pytest.raises(EngineError) as raised:
+        loading.load(command(model, rank, world_size, **options), group, lambda event: None)
+    return raised.value
+
+
+def names(shard: loading.Shard) -> set[str]:
+    return {name for name, _ in tree_flatten(shard.model.parameters())}
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "qwen3"])
+def test_the_stages_of_a_pipeline_hold_every_tensor_and_only_a_tied_embedding_twice(
+    tiny: Tiny, architecture: str
+) -> None:
+    whole = names(load(tiny(architecture)))
+    stages = [names(load(tiny(architecture), rank, 3)) for rank in range(3)]
+    assert set.union(*stages) == whole
+    tied = {"model.embed_tokens.weight"} if architecture != "llama" else set()
+    assert stages[0] & stages[2] == tied
+    assert not any("embed" in name or name.split(".", 1)[1] == "norm.weight" for name in stages[1])
+    assert all("lm_head" not in name for name in stages[1] | stages[2])
+
+
+def test_progress_is_told_layer_by_layer(tiny: Tiny) -> None:
+    told: list[LayerLoaded] = []
+    shard = loading.load(command(tiny("qwen2"), 1, 2), None, told.append)
+    assert [(event.loaded, event.total, event.layers) for event in told] == [(1, 2, "0-1"), (2, 2, "0-1")]
+    assert (shard.loaded.layers, shard.loaded.layers_total) == ("0-1", 2)
+    assert shard.loaded.bytes == sum(a.nbytes for _, a in tree_flatten(shard.model.parameters()))
+    assert shard.loaded.note is None
+    assert shard.context_length == tiny_models.CONTEXT
+
+
+def test_a_path_that_is_no_model_is_not_found(tmp_path: Path) -> None:
+    error = refused(tmp_path / "absent")
+    assert (error.reason, "no directory" in error.message) == (Reason.MODEL_NOT_FOUND, True)
+    (tmp_path / "notes.txt").write_text("")
+    error = refused(tmp_path)
+    assert error.reason is Reason.MODEL_NOT_FOUND
+    assert "config.json" in error.message and "notes.txt" in error.message
+    (tmp_path / "config.json").write_text("{}")
+    error = refused(tmp_path)
+    assert error.reason is Reason.MODEL_NOT_FOUND
+    assert "model*.safetensors" in error.message
+
+
+def second(model: Path) -> Path:
+    return model / "model-00002-of-00002.safetensors"
+
+
+def truncate(model: Path) -> str:
+    file = second(model)
+    file.write_bytes(file.read_bytes()[:-100])
+    return f"{file.name} is damaged"
+
+
+def empty(model: Path) -> str:
+    second(model).write_bytes(b"")
+    return f"{second(model).name} is damaged"
+
+
+def garbage(model: Path) -> str:
+    second(model).write_bytes(b"\x01" * 4096)
+    return f"{second(model).name} is damaged"
+
+
+def remove_file(model: Path) -> str:
+    second(model).unlink()
+    return f"{second(model).name} is missing: the index expects tensor model.layers.2"
+
+
+def remove_tensor(model: Path) -> str:
+    weights = dict(mx.load(str(second(model))))
+    del weights["model.layers.3.mlp.up_proj.weight"]
+    mx.eval(weights)
+    mx.save_safetensors(str(second(model)), weights)
+    return f"tensor model.layers.3.mlp.up_proj.weight is not in {second(model).name}"
+
+
+def wrong_shape(model: Path) -> str:
+    weights = dict(mx.load(str(second(model))))
+    weights["model.layers.2.mlp.up_proj.weight"] = mx.zeros((100, 64))
+    mx.eval(weights)
+    mx.save_safetensors(str(second(model)), weights)
+    return "tensor model.layers.2.mlp.up_proj.weight in model-00002-of-00002.safetensors has shape (100, 64)"
+
+
+def bad_index(model: Path) -> str:
+    (model / "model.safetensors.index.json").write_text('{"weight_map": [')
+    return "model.safetensors.index.json cannot be read"
+
+
+def bad_config(model: Path) -> str:
+    (model / "config.json").write_text("{")
+    return "config.json cannot be read"
+
+
+def config_without_a_field(model: Path) -> str:
+    change_config(model, hidden_size=None)
+    return "config.json does not fit its model_type"
+
+
+def fewer_layers(model: Path) -> str:
+    change_config(model, num_hidden_layers=3)
+    return "tensors that config.json knows nothing of, such as model.layers.3"
+
+
+def more_layers(model: Path) -> str:
+    change_config(model, num_hidden_layers=5)
+    return "tensor model.layers.4"
+
+
+def change_config(model: Path, **changes: Any) -> None:
+    file = model / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        empty,
+        garbage,
+        remove_file,
+        remove_tensor,
+        wrong_shape,
+        bad_index,
+        bad_config,
+        config_without_a_field,
+        fewer_layers,
+        more_layers,
+    ],
+)
+def test_damage_is_found_before_anything_is_read_and_named(
+    tmp_path: Path, tiny: Tiny, damage: Callable[[Path], str]
+) -> None:
+    model = tiny_models.copy(tiny("qwen2"), tmp_path / "model")
+    words = damage(model)
+    told: list[LayerLoaded] = []
+    with pytest.raises(EngineError) as raised:
+        loading.load(command(model), None, told.append)
+    assert raised.value.reason is Reason.MODEL_CORRUPT
+    assert words in raised.value.message
+    assert told == []
+
+
+def test_a_rank_needs_only_the_files_of_its_own_layers(tmp_path: Path, tiny: Tiny) -> None:
+    model = tiny_models.copy(tiny("llama"), tmp_path / "model")
+    second(model).unlink()
+    assert load(model, 1, 2).loaded.layers == "0-1"
+    assert second(model).name in refused(model, 0, 2).message
+
+
+@pytest.mark.parametrize(
+    ("changes", "rank", "world_size", "words"),
+    [
+        ({"model_type": "foobar9000"}, 0, 1, "model_type 'foobar9000' is not known to mlx-lm"),
+        ({"model_type": None}, 0, 1, "names no model_type"),
+        ({"model_file": "own.py"}, 0, 1, "brings its own code"),
+        ({}, 0, 5, "the model has 4 layers, too few for a pipeline of 5 ranks"),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 8}, 0, 2, "sliding window"),
+        ({"model_type": "gemma", "head_dim": 16}, 0, 2, "gemma cannot be split into a pipeline; supported: llama, "),
+    ],
+)
+def test_what_cannot_be_run_is_unsupported_and_says_what_is(
+    tmp_path: Path, tiny: Tiny, changes: dict[str, Any], rank: int, world_size: int, words: str
+) -> None:
+    model = tiny_models.copy(tiny("llama"), tmp_path / "model")
+    change_config(model, **changes)
+    error = refused(model, rank, world_size)
+    assert error.reason is Reason.MODEL_UNSUPPORTED
+    assert words in error.message
+
+
+class Three:
+    """A group of three, for what is refused before anything is split."""
+
+    def size(self) -> int:
+        return 3
+
+
+def test_heads_that_do_not_divide_by_the_ranks_are_unsupported_with_tensor(tiny: Tiny) -> None:
+    error = refused(tiny("qwen2"), 0, 3, group=Three(), sharding=Sharding.TENSOR)
+    assert error.reason is Reason.MODEL_UNSUPPORTED
+    assert "num_attention_heads 4 is not divisible by 3 ranks" in error.message
+
+
+def test_an_architecture_without_a_tensor_split_is_unsupported_with_tensor(tmp_path: Path, tiny: Tiny) -> None:
+    model = tiny_models.copy(tiny("qwen2"), tmp_path / "model")
+    weights = {k: v for k, v in load_all(model).items() if not k.endswith("bias")}
+    tiny_models.write_weights(model, weights)
+    change_config(model, model_type="gemma")
+    error = refused(model, 0, 3, group=Three(), sharding=Sharding.TENSOR)
+    assert error.reason is Reason.MODEL_UNSUPPORTED
+    assert "gemma cannot be split by tensors" in error.message
+
+
+def load_all(model: Path) -> dict[str, Any]:
+    weights: dict[str, Any] = {}
+    for file in model.glob("*.safetensors"):
+        weights |= mx.load(str(file))
+    mx.eval(weights)
+    return weights
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="only CPUs need float32")
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_half_precision_is_cast_on_cpu_and_said(tmp_path: Path, tiny: Tiny, kind: str) -> None:
+    model = tiny_models.copy(tiny("qwen2"), tmp_path / "model")
+    weights = {name: array.astype(getattr(mx, kind)) for name, array in load_all(model).items()}
+    tiny_models.write_weights(model, weights)
+    shard = load(model)
+    assert shard.loaded.note == f"cast from {kind} to float32 on CPU"
+    parameters = dict(tree_flatten(shard.model.parameters()))
+    assert {array.dtype for array in parameters.values()} == {mx.float32}
+    for name, array in parameters.items():
+        assert mx.array_equal(array, weights[name].astype(mx.float32)), name
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="only CPUs need float32")
+def test_a_quantized_model_is_cast_on_cpu_and_said(tmp_path: Path, tiny: Tiny) -> None:
+    import mlx.nn as nn
+
+    model = tiny_models.copy(tiny("qwen2"), tmp_path / "model")
+    quantized = load(tiny("qwen2")).model
+    nn.quantize(quantized, group_size=32, bits=8)
+    tiny_models.write_weights(model, dict(tree_flatten(quantized.parameters())))
+    change_config(model, quantization={"group_size": 32, "bits": 8})
+    shard = load(model, 1, 2)
+    assert shard.loaded.note == "cast from quantized to float32 on CPU"
+    original = dict(tree_flatten(load(tiny("qwen2"), 1, 2).model.parameters()))
+    parameters = dict(tree_flatten(shard.model.parameters()))
+    assert parameters.keys() == original.keys()
+    for name, array in parameters.items():
+        assert mx.allclose(array, original[name], atol=0.02), name
+
+
+def test_a_shard_larger_than_the_memory_limit_is_refused_with_the_sum(tiny: Tiny) -> None:
+    error = refused(tiny("qwen2"), memory_limit_bytes=50 * 1024 * 1024)
+    assert error.reason is Reason.INSUFFICIENT_MEMORY
+    assert "the shard needs 1 MiB" in error.message and "limit of 50 MiB" in error.message
+
+
+def test_a_missing_or_damaged_tokenizer_is_told(tmp_path: Path, tiny: Tiny) -> None:
+    model = tiny_models.copy(tiny("qwen2"), tmp_path / "model")
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(EngineError, match=r"tokenizer\.json") as raised:
+        load_tokenizer(model, {"vocab_size": 384})
+    assert raised.value.reason is Reason.MODEL_CORRUPT
+    (model / "tokenizer.json").unlink()  # transformers alone would make up an empty one
+    with pytest.raises(EngineError, match="has no tokenizer: none of") as raised:
+        load_tokenizer(model, {"vocab_size": 384})
+    assert raised.value.reason is Reason.MODEL_CORRUPT

@@ -1,0 +1,187 @@
+"""Text of an answer: given out as early as it is certain, never later taken back; stop strings are never shown."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_runner.channel import Accepted, Cancel, Delta, Event, Finished, Generate, Refused
+from mlx_runner.engine.requests import CancelRow, Limits, Requests
+from mlx_runner.engine.scheduler import Emission, Row
+from mlx_runner.engine.text import Detokenizer, PromptError, StopStrings, Tokenizer
+
+EOS = 256
+
+
+class Bytes:
+    """A tokenizer whose tokens are the bytes of UTF-8: characters are cut anywhere."""
+
+    has_chat_template = False
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int], **_: Any) -> str:
+        return bytes(token for token in tokens if token < EOS).decode(errors="replace")
+
+
+TOKENIZER = Tokenizer(Bytes(), 257, frozenset({EOS}))
+
+
+@given(st.text(max_size=40))
+def test_the_pieces_are_the_text_and_no_piece_is_half_a_character(text: str) -> None:
+    detokenizer = Detokenizer(TOKENIZER)
+    pieces = [detokenizer.add(token) for token in text.encode()]
+    assert "".join([*pieces, detokenizer.flush()]) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.randoms())
+def test_a_text_ends_before_its_first_stop_string_however_it_is_cut(text: str, stops: list[str], random: Any) -> None:
+    ends = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+    checker = StopStrings(stops)
+    given_out, at, stopped = "", 0, False
+    while at < len(text) and not stopped:
+        size = random.randint(1, 3)
+        piece, stopped = checker.add(text[at : at + size])
+        given_out += piece
+        at += size
+        if ends:
+            assert len(given_out) <= len(text)
+    if not stopped:
+        given_out += checker.flush()
+    assert stopped == bool(ends)
+    if ends:
+        # With several stop strings the one that is complete first ends the text.
+        assert not any(stop in given_out for stop in stops)
+        assert text.startswith(given_out)
+    else:
+        assert given_out == text
+
+
+def test_text_that_may_begin_a_stop_string_is_held_back_and_given_when_it_does_not() -> None:
+    stops = StopStrings(["STOP"])
+    assert stops.add("go ST") == ("go ", False)
+    assert stops.add("O") == ("", False)
+    assert stops.add("RE") == ("STORE", False)
+    assert stops.add(" ST") == (" ", False)
+    assert stops.flush() == "ST"
+
+
+class Desk:
+    """`Requests` without its thread."""
+
+    def __init__(self, **limits: Any) -> None:
+        self.said: list[Event] = []
+        self.submitted: list[Row | CancelRow] = []
+        self.requests = Requests(
+            TOKENIZER,
+            Limits(**{"context": 100, "answer": None, **limits}),
+            self.submitted.append,
+            self.said.append,
+        )
+
+    def ask(self, text: str = "abc", **options: Any) -> None:
+        self.requests.handle(Generate(id="r", prompt=text, **options))
+
+    def answer(self, *tokens: int, finish: str | None = None) -> None:
+        last = len(tokens) - 1
+        self.requests.handle(
+            [
+                Emission(1, token, finish if number == last else None)  # type: ignore[arg-type]
+                for number, token in enumerate(tokens)
+            ]
+        )
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.said if isinstance(event, Delta))
+
+
+def test_a_request_becomes_a_row_and_its_tokens_text() -> None:
+    desk = Desk()
+    desk.ask(max_tokens=9, temperature=0.5, top_p=0.9, seed=3)
+    assert desk.said == [Accepted(id="r", prompt_tokens=3)]
+    (row,) = desk.submitted
+    assert row == Row(1, tuple(b"abc"), 9, temperature=0.5, top_p=0.9, seed=3)
+    desk.answer(*"né".encode(), EOS, finish="stop")
+    assert desk.text == "né"
+    assert [event.tokens for event in desk.said if isinstance(event, Delta)][-1] == (EOS,)
+    assert desk.said[-1] == Finished(id="r", finish_reason="stop", prompt_tokens=3, completion_tokens=4)
+
+
+def test_a_stop_string_ends_the_request_once_and_frees_its_row() -> None:
+    desk = Desk()
+    desk.ask(stop=("END",))
+    desk.answer(*b"wordENDmore")
+    assert desk.text == "word"
+    assert desk.submitted[1:] == [CancelRow(1)]
+    assert desk.said[-1] == Finished(id="r", finish_reason="stop", prompt_tokens=3, completion_tokens=7)
+    desk.requests.handle([Emission(1, finish="cancelled")])
+    assert sum(isinstance(event, Finished) for event in desk.said) == 1
+
+
+def test_an_answer_cut_in_the_middle_of_a_character_or_stop_string_gives_what_it_has() -> None:
+    desk = Desk()
+    desk.ask(stop=("END",))
+    desk.answer(*b"wordEN", finish="length")
+    assert desk.text == "wordEN"
+    desk = Desk()
+    desk.ask()
+    desk.answer(*"né".encode()[:-1], finish="length")
+    assert desk.text == "n\ufffd"
+
+
+def test_a_cancel_is_for_the_scheduler_and_ends_with_its_word() -> None:
+    desk = Desk()
+    desk.ask()
+    desk.requests.handle(Cancel(id="r"))
+    desk.requests.handle(Cancel(id="unknown"))
+    assert desk.submitted[1:] == [CancelRow(1)]
+    desk.requests.handle([Emission(1, finish="cancelled")])
+    assert desk.said[-1] == Finished(id="r", finish_reason="cancelled", prompt_tokens=3, completion_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "asked", "granted"),
+    [({}, None, 97), ({}, 97, 97), ({"answer": 20}, None, 20), ({"answer": 20}, 50, 20), ({"answer": 20}, 5, 5)],
+)
+def test_max_tokens_is_what_was_asked_for_or_fits_up_to_the_servers_limit(
+    limits: dict[str, Any], asked: int | None, granted: int
+) -> None:
+    desk = Desk(**limits)
+    desk.ask(max_tokens=asked)
+    (row,) = desk.submitted
+    assert isinstance(row, Row)
+    assert row.max_tokens == granted
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+    desk = Desk()
+    desk.ask(max_tokens=98)
+    (refused,) = desk.said
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.param, refused.status) == ("context_length_exceeded", "prompt", 400)
+    assert "holds 100 tokens" in refused.message and "needs 3 in the prompt and 98 in the answer" in refused.message
+    assert not desk.submitted
+
+
+def test_a_chat_without_a_template_is_told_what_to_use() -> None:
+    desk = Desk()
+    desk.requests.handle(Generate(id="r", messages=({"role": "user", "content": "x"},)))
+    (refused,) = desk.said
+    assert isinstance(refused, Refused)
+    assert refused.param == "messages" and "/v1/completions" in refused.message
+
+
+def test_what_the_tokenizer_chokes_on_is_the_clients_mistake() -> None:
+    def choke(text: str) -> list[int]:
+        raise UnicodeEncodeError("utf-8", text, 0, 1, "surrogates not allowed")
+
+    tokenizer = Tokenizer(SimpleNamespace(encode=choke), 10, frozenset())
+    with pytest.raises(PromptError, match="surrogates"):
+        tokenizer.complete("\ud800")
