@@ -82,6 +82,7 @@ class OperatorProcess:
 
     async def ready(self) -> bool:
         """What its readiness probe answers."""
+        assert self.process.returncode is None, self.lines()
         try:
             async with (
                 aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session,

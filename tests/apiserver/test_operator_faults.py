@@ -1,6 +1,7 @@
 """Faults of runners, of the API server and of other people; each heals or says why not."""
 
 import asyncio
+import signal
 from typing import Any
 
 from mlx_operator.act.kube import KubeError
@@ -53,6 +54,25 @@ async def test_a_supervisor_killed_together_with_its_engine_reports_again_and_th
     place.kubelet.kill("tiny-0")
     await place.until(again_in(2), "Ready again in epoch 2")
     assert await uids(place) == before
+
+
+async def test_a_frozen_supervisor_is_unreachable_and_its_group_recovers(place: World) -> None:
+    await place.operator()
+    await place.create(deadlines={"unreachable": "3s"})
+    await place.until_ready()
+    frozen = place.kubelet.of("tiny-1").process
+    assert frozen is not None
+    frozen.send_signal(signal.SIGSTOP)
+
+    def recorded(instance: Manifest) -> bool:
+        history = instance["status"].get("history", ())
+        return bool(history and history[0]["reason"] == Reason.RUNNER_UNREACHABLE and history[0]["rank"] == 1)
+
+    try:
+        await place.until(recorded, "rank 1 is unreachable", seconds=40)
+    finally:
+        frozen.send_signal(signal.SIGCONT)
+    await place.until(lambda i: is_ready(i) and i["status"]["epoch"] > 1, "Ready again", seconds=90)
 
 
 async def test_a_deleted_pod_is_replaced(place: World) -> None:

@@ -3,8 +3,10 @@
 import asyncio
 import json
 
+import aiohttp
+
 from mlx_operator.act.resources import INSTANCES, Resource
-from tests.apiserver.harness import CRDS, World, eventually
+from tests.apiserver.harness import CRDS, World, eventually, free_port
 from tests.cluster.deploy import NAMESPACE
 
 ROLES = Resource("rbac.authorization.k8s.io", "v1", "roles", "Role")
@@ -82,6 +84,29 @@ async def test_its_logs_are_json_when_asked(place: World) -> None:
     assert [line["msg"].split()[0] for line in sent] == ["CreateRunner", "DownloadModel", "LoadModel", "StartWarmup"]
     assert {line["instance"] for line in sent} == {f"{place.namespace}/tiny"}
     assert {line["epoch"] for line in sent} == {instance["status"]["epoch"]}
+
+
+async def test_its_metrics_say_what_it_did(place: World) -> None:
+    port = free_port()
+    operator = await place.operator("--metrics-bind", f"127.0.0.1:{port}")
+    await place.create(runners=1)
+    await place.until_ready()
+    await place.settled()
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"http://127.0.0.1:{port}/metrics") as answer:
+            text = await answer.text()
+        async with session.get(f"http://127.0.0.1:{operator.probes}/healthz") as answer:
+            assert answer.status == 200
+    patches = sum(1 for r in place.writes() if r.resource == "modelinstances/status")
+    for line in (
+        f'mlx_operator_kube_requests_total{{resource="modelinstances/status",status="200",verb="patch"}} {patches}.0',
+        'mlx_operator_instances{ready="True",reason="Ready"} 1.0',
+        "mlx_operator_queue_depth 0.0",
+        "mlx_operator_report_streams 1.0",
+        "mlx_operator_leader 1.0",
+        "mlx_operator_bugs_total 0.0",
+    ):
+        assert line in text.splitlines(), text
 
 
 async def test_a_missing_crd_is_one_sentence(place: World) -> None:

@@ -100,11 +100,14 @@ class FakeKube(Kube):
     async def apply(
         self, resource: Resource, namespace: str | None, name: str, body: Mapping[str, Any], *, force: bool
     ) -> Manifest:
-        """Store; without `force` nothing may be there."""
+        """Store; without `force` nothing may be there, and a uid is a precondition."""
         self._begin("apply", resource, name)
         known = self.objects.get(self._place(resource, namespace, name))
         if known is not None and not force:
             raise KubeError(409, "Conflict", "Apply failed with 1 conflict")
+        uid = body["metadata"].get("uid")
+        if uid is not None and (known is None or known["metadata"]["uid"] != uid):
+            raise KubeError(409, "Conflict", "uid mismatch")
         return self.put(resource, merged(known or {}, body))
 
     async def delete(

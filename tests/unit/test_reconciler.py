@@ -65,6 +65,7 @@ def child(resource: Any, name: str, owner: str = UID) -> dict[str, Any]:
     return {"apiVersion": resource.api_version, "kind": resource.kind, "metadata": metadata}
 
 
+GONE = {"uid": "gone", "resourceVersion": "1"}
 CREATE = CreatePod("tiny-0", 0, child(PODS, "tiny-0"), "tiny-secret")
 SERVICE = ApplyService("tiny", child(SERVICES, "tiny"))
 LOAD = SendTask("tiny-0", "pod-0", "127.0.0.9", TaskRequest(instance_uid=UID, epoch=1, rank=0, task=LoadModel()))
@@ -275,6 +276,14 @@ async def test_a_foreign_service_is_not_taken_over(scene: Scene) -> None:
     await scene.reconcile()
     assert scene.kube.count("apply", "services") == 0
     assert scene.store.refusals.of(TINY)["tiny"].status == 409
+
+
+async def test_a_service_that_went_unnoticed_is_made_again_without_a_refusal(scene: Scene) -> None:
+    scene.store.put(SERVICES, child(SERVICES, "tiny") | {"metadata": {**child(SERVICES, "tiny")["metadata"], **GONE}})
+    scene.plans = [Plan(Status(epoch=1), (SERVICE,))]
+    await scene.reconcile()
+    assert ("services", "default", "tiny") in scene.kube.objects
+    assert scene.store.refusals.of(TINY) == {}
 
 
 async def test_the_secret_is_posted_once_for_all_pods_of_a_plan(scene: Scene) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from mlx_operator.act.kube import Kube, KubeError
+from mlx_operator.act.kube import Kube, KubeError, Manifest
 from mlx_operator.act.resources import PODS, SECRETS, SERVICES, Resource
 from mlx_operator.act.tasks import TaskSender
 from mlx_operator.act.tokens import instance_secret
@@ -14,6 +14,8 @@ from mlx_operator.decide.observed import Refusal
 from mlx_operator.logs import decision
 from mlx_operator.observe.shelf import Key
 from mlx_operator.observe.store import Store
+
+_FOREIGN = "Foreign"
 
 
 class Actor:
@@ -136,7 +138,19 @@ class Actor:
         self._answered(PODS, pod)
 
     async def _apply_service(self, key: Key, instance: Mapping[str, Any], action: ApplyService) -> None:
-        known = self._store.service(key)
+        try:
+            service = await self._apply(key, instance, action, self._store.service(key))
+        except KubeError as error:
+            if error.status != 409 or error.reason == _FOREIGN:
+                raise
+            # What we knew is outdated: it went, or somebody made a namesake.
+            service = await self._apply(key, instance, action, None)
+        decision("service applied", instance=key, service=action.name)
+        self._answered(SERVICES, service)
+
+    async def _apply(
+        self, key: Key, instance: Mapping[str, Any], action: ApplyService, known: Mapping[str, Any] | None
+    ) -> Manifest:
         if known is None:
             try:
                 known = await self._kube.get(SERVICES, key.namespace, action.name)
@@ -148,9 +162,7 @@ class Actor:
             _require_ours(known, instance, SERVICES)
             # The uid is a precondition: a namesake that somebody makes meanwhile is not taken over.
             body["metadata"] = {**body["metadata"], "uid": known["metadata"]["uid"]}
-        service = await self._kube.apply(SERVICES, key.namespace, action.name, body, force=known is not None)
-        decision("service applied", instance=key, service=action.name)
-        self._answered(SERVICES, service)
+        return await self._kube.apply(SERVICES, key.namespace, action.name, body, force=known is not None)
 
 
 def owned(child: Mapping[str, Any], instance: Mapping[str, Any]) -> bool:
@@ -165,7 +177,7 @@ def _require_ours(child: Mapping[str, Any], instance: Mapping[str, Any], resourc
     owner = next(iter(child["metadata"].get("ownerReferences") or ()), None)
     whose = f"{owner['kind']} {owner['name']} (uid {owner['uid']})" if owner else "nobody that it names"
     name = child["metadata"]["name"]
-    raise KubeError(409, "Foreign", f"{resource.kind} {name} exists and belongs to {whose}")
+    raise KubeError(409, _FOREIGN, f"{resource.kind} {name} exists and belongs to {whose}")
 
 
 def _name(action: Action) -> str:

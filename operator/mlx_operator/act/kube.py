@@ -19,6 +19,7 @@ REQUEST_SECONDS = 10.0
 LIST_SECONDS = 30.0
 PAGE = 500
 MAX_MESSAGE = 300
+_HEAD = 100
 _MERGE_PATCH = "application/merge-patch+json"
 _APPLY_PATCH = "application/apply-patch+yaml"
 # An apply of a malformed object is answered 500, not 422: a repetition cannot help.
@@ -35,7 +36,7 @@ class KubeError(Exception):
     def __init__(self, status: int, reason: str, message: str) -> None:
         self.status = status
         self.reason = reason
-        self.message = message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 1] + "…"
+        self.message = _shortened(message)
         super().__init__(f"{status} {reason}: {self.message}")
 
     @property
@@ -47,6 +48,13 @@ class KubeError(Exception):
     def transient(self) -> bool:
         """The same request may succeed later, whatever anybody does (the one place that says so)."""
         return self.ambiguous or self.status in (401, 408, 429)
+
+
+def _shortened(message: str) -> str:
+    """At most 300 characters. What went wrong stands at the end where the API server echoes a whole object."""
+    if len(message) <= MAX_MESSAGE:
+        return message
+    return f"{message[:_HEAD]} … {message[_HEAD + 3 - MAX_MESSAGE :]}"
 
 
 class RequestObserver(Protocol):
@@ -149,13 +157,18 @@ class Kube:
     async def apply(
         self, resource: Resource, namespace: str | None, name: str, body: Mapping[str, Any], *, force: bool
     ) -> Manifest:
-        """Server-side apply; without `force` a field that somebody else manages is a 409."""
+        """Server-side apply; without `force` a field that somebody else manages is a 409.
+
+        With `metadata.uid` in the body it takes that very object, or is a 409.
+        """
         query = {**_WRITER, "force": "true" if force else "false"}
         try:
             return await self._request("patch", resource, namespace, name, body=body, query=query, content=_APPLY_PATCH)
         except KubeError as error:
             if error.status == 500 and _MALFORMED_APPLY in error.message:
                 raise KubeError(422, "Invalid", error.message) from error
+            if error.status == 422 and "metadata.uid: Invalid value" in error.message:
+                raise KubeError(409, "Conflict", error.message) from error
             raise
 
     async def delete(

@@ -61,8 +61,20 @@ class StatusWriter:
 
 
 def wire(status: Status) -> dict[str, Any]:
-    """The status as JSON. Absent values are left out: the API server drops nulls inside lists anyway."""
-    return status.model_dump(mode="json", by_alias=True, exclude_none=True)
+    """The status as JSON. Absent values are left out: the API server drops nulls inside lists anyway.
+
+    So are empty lists: `kubectl describe` would print their names with nothing behind them.
+    """
+    kept: dict[str, Any] = _without_empty(status.model_dump(mode="json", by_alias=True, exclude_none=True))
+    return kept
+
+
+def _without_empty(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_empty(inner) for key, inner in value.items() if inner != []}
+    if isinstance(value, list):
+        return [_without_empty(item) for item in value]
+    return value
 
 
 def difference(have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, Any]:
