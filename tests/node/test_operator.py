@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mlx_operator_api import names
+from mlx_operator_api.conditions import ConditionType
 from mlx_operator_api.runner import RunnerState
 from tests.node.chat import Questions, ask, client
 from tests.node.instance import Instance, one_per_node
@@ -134,6 +135,24 @@ def test_deletion_in_any_phase_leaves_no_child(
     instance.delete()
     left = instance.kubectl.items("pods", instance.namespace)
     assert not [p for p in left if p["metadata"]["name"].startswith(name)]
+
+
+def test_deletion_while_it_answers_or_has_failed_leaves_no_child(
+    cluster: Any, create: Callable[..., Instance], questions: Questions
+) -> None:
+    busy = create("gone-running", runners=2)
+    busy.wait_ready()
+    chatter = Chatter(cluster, busy, next(iter(questions.answers)))
+    chatter.start()
+    assert chatter.started.wait(60), "the request never began to stream"
+    busy.delete()
+    chatter.join(90)
+    assert chatter.error is not None, "a request outlived the model that answered it"
+
+    failed = create("gone-failed", source=cluster.broken_model("truncate"), runners=2)
+    failed.wait_condition(ConditionType.STALLED, "True")
+    failed.delete()
+    assert not failed.kubectl.items("pods", failed.namespace)
 
 
 def test_an_upgrade_with_a_new_default_image_restarts_nothing_until_asked(

@@ -10,7 +10,7 @@ from mlx_operator_api.status import GroupFailure, LastFailure, RunnerStatus, Sta
 from . import downloads, restart
 from .conditions import Fact
 from .failure import pending
-from .messages import clauses, count, listed, remedy
+from .messages import clauses, count, human_size, listed, remedy
 from .picture import Picture, assigned, effective, who
 from .problems import Problem, up
 
@@ -149,7 +149,7 @@ def _behind(s: Situation, state: RunnerState) -> str:
     first = late[0]
     progress = f" at {first.progress}" if first.progress else ""
     more = f" and {count(len(late) - 1, 'other')}" if len(late) > 1 else ""
-    return f"to follow: rank {first.rank} on node {first.node or '?'}{progress}{more}"
+    return f"waiting for rank {first.rank} on node {first.node or '?'}{progress}{more}"
 
 
 def _available(s: Situation) -> int:
@@ -201,7 +201,7 @@ def _model_available(s: Situation) -> Fact:
         return _kept(s, _C.MODEL_AVAILABLE, "not known before the runners start")
     if have < s.size:
         return Fact("False", Reason.DOWNLOADING, f"{have}/{s.size} runners have every file they need, verified")
-    size = f"{model.bytes / 1e9:.2f} GB, " if model is not None and model.bytes else ""
+    size = f"{human_size(model.bytes)}, " if model is not None and model.bytes else ""
     digest = f"digest {model.digest[:19]}, " if model is not None and model.digest else ""
     return Fact("True", Reason.MODEL_VERIFIED, f"{size}{digest}{have}/{s.size} runners have every file they need")
 

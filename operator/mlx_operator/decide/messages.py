@@ -42,7 +42,7 @@ def signal_name(number: int) -> str:
 
 
 def evidence_line(log: str) -> str:
-    """The first line of a log's tail that says what went wrong; else its last line."""
+    """The last line of a log's tail that says what went wrong (where a traceback ends); else its last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     chosen = next((line for line in reversed(lines) if _ERROR.search(line)), lines[-1] if lines else "")
     return one_line(chosen, MAX_EVIDENCE)
@@ -62,3 +62,13 @@ def remedy(reason: Reason, pod: str | None) -> str:
 def count(number: int, noun: str) -> str:
     """`1 pod`, `2 pods`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def human_size(size: int) -> str:
+    """`3.4 MB`, `1.2 GB`: as hubs print it, in powers of 1000."""
+    value, units = float(size), ("B", "kB", "MB", "GB", "TB")
+    for unit in units[:-1]:
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} {units[-1]}"

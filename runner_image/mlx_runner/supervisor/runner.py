@@ -6,7 +6,6 @@ once, and whoever asks for it again awaits the same end.
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 
 from mlx_operator_api.conditions import Reason
@@ -15,6 +14,7 @@ from mlx_operator_api.runner import RunnerState, TaskName
 from mlx_operator_api.status import LastFailure
 from mlx_operator_api.tasks import ConnectToGroup, CreateRunner, Sharding
 from mlx_runner import channel
+from mlx_runner.progress import Phase
 
 from . import diagnosis, evidence, ring
 from .config import Config
@@ -29,8 +29,6 @@ MAX_DIAGNOSTICS = 8
 _LAST_WORDS_SECONDS = 1.5
 """For an engine that has said why it fails, or was told goodbye by force, to end itself."""
 _RING_POLL_SECONDS = 0.1
-_RUNNING_SECONDS = 1.0
-"""An engine that took a step within this time was running requests."""
 _ANSWERS: dict[type, TaskName] = {
     channel.Connected: TaskName.CONNECT_TO_GROUP,
     channel.Loaded: TaskName.LOAD_MODEL,
@@ -206,12 +204,11 @@ class Runner:
         self.retire(last_words)
 
     def _true_state(self) -> RunnerState:
-        """The state at this moment: a worker knows of no requests, but its engine had frames to compute."""
+        """The state at this moment: a worker knows of no requests, but its engine has rows to compute."""
         state = self._machine.state
-        if state is not RunnerState.READY or self.engine is None:
-            return state
-        computed = time.monotonic() - self.engine.progress.changed < _RUNNING_SECONDS
-        return RunnerState.RUNNING if computed else state
+        if state is RunnerState.READY and self.engine is not None and self.engine.progress.phase is not Phase.IDLE:
+            return RunnerState.RUNNING
+        return state
 
     def _on_exit(self, exit_: evidence.Exit) -> None:
         if self._ended:
@@ -219,7 +216,8 @@ class Runner:
         if self._ending or (exit_.code == 0 and self._machine.report.draining):
             self._broker.lose("the engine ended while the runner was shutting down")
             return
-        self._blame(diagnosis.of_exit(exit_, self._machine.report), exit_)
+        report = self._machine.report.model_copy(update={"state": self._true_state()})
+        self._blame(diagnosis.of_exit(exit_, report), exit_)
 
     def _blame(self, found: Diagnosis, exit_: evidence.Exit | None = None) -> None:
         lines = exit_.stderr[-MAX_DIAGNOSTICS:] if exit_ else ()
