@@ -86,6 +86,20 @@ def test_a_planned_restart_lets_rank_0_finish_its_requests_first() -> None:
     assert [(s.rank, s.task) for s in sends] == [(0, Shutdown(grace_seconds=30.0))]
 
 
+def test_no_epoch_starts_in_pods_of_the_old_template() -> None:
+    cluster = ready()
+    cluster.change(runner={"image": "runner:2"})
+    cluster.reconcile(act=False)
+    cluster.kill_engine(0)
+    cluster.kill_engine(1)
+    cluster.hear_all()
+    for _ in range(3):
+        cluster.reconcile(act=False)
+    assert [r.epoch for r in cluster.status.runners] == [1, 1]
+    cluster.run()
+    assert cluster.ready()
+
+
 def test_fewer_runners_delete_the_surplus_pods_and_start_a_new_epoch() -> None:
     cluster = ready(3)
     cluster.change(runners=1)

@@ -327,6 +327,38 @@ def test_a_rank_that_fails_for_ever_spends_the_budget_and_leaves_everything_in_p
     assert (cluster.status.epoch, cluster.status.restarts) == (4, 0)
 
 
+def test_the_second_restart_of_a_window_waits_for_its_back_off() -> None:
+    cluster = ready(restartPolicy={"backoff": {"initial": "20s"}})
+    cluster.kill_engine(1)
+    cluster.run()
+    cluster.kill_engine(1)
+    see(cluster)
+    due = cluster.status.next_restart_at
+    assert due is not None
+    assert 18 <= (due - cluster.now).total_seconds() <= 23
+    cluster.sent.clear()
+    cluster.run(until=lambda: cluster.now >= due - timedelta(seconds=1))
+    assert {s.request.task.name for s in cluster.sent} <= {TaskName.SHUTDOWN}
+    assert all(record.epoch == 2 for record in cluster.status.runners)
+    assert condition(cluster, ConditionType.RECONCILING).message == f"restart 2/5 at {due:%H:%M:%S}Z"
+    cluster.run()
+    assert cluster.ready()
+    assert cluster.status.next_restart_at is None
+
+
+def test_the_pod_of_a_rank_that_was_ended_in_good_order_may_go_without_a_word() -> None:
+    cluster = ready(3, restartPolicy={"maxRestarts": 0})
+    cluster.kill_container(1)
+    cluster.supervisor(0).publish(group="absent")
+    cluster.supervisor(2).publish(group="absent")
+    cluster.run(20)
+    assert [record.state for record in cluster.status.runners][2] is RunnerState.SHUTDOWN
+    cluster.delete("tiny-2")
+    cluster.run(30)
+    assert cluster.status.runner(2).last_failure is None
+    assert cluster.status.runner(2).state is RunnerState.SHUTDOWN
+
+
 def test_the_budget_is_full_again_after_a_sustained_ready_and_that_alone_is_no_write() -> None:
     cluster = ready(restartPolicy={"maxRestarts": 1})
     cluster.kill_engine(1)

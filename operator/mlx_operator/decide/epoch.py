@@ -100,7 +100,8 @@ def start(picture: Picture, status: Status) -> Status:
     gets a runner of the same epoch, so no epoch runs two engines of one rank.
     """
     clock = picture.clock
-    if assigned(status) or restart.final_failure(status) is not None:
+    if assigned(status):
+        # It runs, or it failed for good: a failure that may be tried again has opened another epoch.
         return status
     if status.next_restart_at is not None and not clock.passed(status.next_restart_at):
         return status
