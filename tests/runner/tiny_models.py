@@ -43,12 +43,12 @@ def build(path: Path, architecture: str, *, seed: int = 0, **changes: Any) -> Pa
     from mlx.utils import tree_flatten, tree_map_with_path
 
     path.mkdir(parents=True)
-    config = {**CONFIG, "model_type": architecture, "architectures": [CLASSES[architecture]], **changes}
+    config = {**CONFIG, "model_type": architecture, "architectures": [CLASSES.get(architecture, "")], **changes}
     module = importlib.import_module(f"mlx_lm.models.{architecture}")
     model = module.Model(module.ModelArgs.from_dict(config))
     mx.random.seed(seed)
     model.update(
-        tree_map_with_path(lambda _, a: mx.random.normal(a.shape) * 0.2 if a.ndim == 2 else a, model.parameters())
+        tree_map_with_path(lambda _, a: mx.random.normal(a.shape) * 0.2 if a.ndim > 1 else a, model.parameters())
     )
     write_weights(path, dict(tree_flatten(model.parameters())))
     eos = write_tokenizer(path)

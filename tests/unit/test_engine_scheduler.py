@@ -153,6 +153,18 @@ def test_every_row_gets_what_it_would_get_alone_whatever_comes_when(
     assert max(group.ranks.positions, default=0) <= CHUNK_TOKENS + 64
 
 
+def test_a_long_prompt_that_is_cancelled_halfway_leaves_the_ranks() -> None:
+    group = Group(Scheduler(1, frozenset()), ahead=1)
+    group.scheduler.submit(Row(1, tuple(range(3 * CHUNK_TOKENS)), 1))
+    group.turn()
+    assert list(group.ranks.prefilling) == [1]
+    group.note(group.scheduler.cancel(1))
+    while group.turn():
+        pass
+    assert group.ranks.prefilling == {}
+    assert group.finished == {1: "cancelled"}
+
+
 def test_a_row_that_ignores_the_end_token_goes_on() -> None:
     scheduler = Scheduler(1, frozenset(range(VOCABULARY)))
     scheduler.submit(Row(1, (1, 2), 3, ignore_eos=True))

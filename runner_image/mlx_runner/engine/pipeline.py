@@ -9,13 +9,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_operator_api.conditions import Reason
 
 from .failures import EngineError
 
-VERIFIED = ("llama", "qwen2", "qwen3")
+VERIFIED = (
+    "glm4",
+    "llama",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "seed_oss",
+    "starcoder2",
+)
 """Modules of mlx_lm.models whose forward pass is embed → layers(h, mask, cache) → norm → head, tested token for token.
 
 Others may have the attributes and still do more between them (scaled embeddings, soft caps), which would be silently
@@ -85,11 +97,12 @@ def check(model: Any) -> None:
             f"architecture {name} cannot be split into a pipeline; supported: {', '.join(VERIFIED)}, "
             "any other with one runner",
         )
-    if any(getattr(layer, "use_sliding", False) for layer in inner.layers):
+    special = {type(cache).__name__ for cache in make_prompt_cache(model)} - {KVCache.__name__}
+    if special:
         raise EngineError(
             Reason.MODEL_UNSUPPORTED,
-            f"this {name} model has layers with a sliding window, which cannot be split into a pipeline; "
-            "use one runner",
+            f"this {name} model has layers with a {', '.join(sorted(special))} (such as a sliding window), "
+            "which cannot be split into a pipeline; use one runner",
         )
 
 
