@@ -190,6 +190,17 @@ def test_annotations_that_were_there_from_the_start_do_nothing() -> None:
     assert cluster.status.epoch == 1
 
 
+def test_an_annotation_that_is_taken_away_does_nothing() -> None:
+    cluster = ready()
+    cluster.annotate(names.RESTART_ANNOTATION, "1")
+    cluster.run()
+    assert cluster.status.epoch == 2
+    cluster.instance["metadata"]["annotations"].clear()
+    cluster.run()
+    assert cluster.ready()
+    assert cluster.status.epoch == 2
+
+
 def test_a_retry_annotation_on_a_healthy_group_restarts_nothing() -> None:
     cluster = ready()
     cluster.annotate(names.RETRY_ANNOTATION, "1")

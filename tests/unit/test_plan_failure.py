@@ -359,6 +359,27 @@ def test_the_pod_of_a_rank_that_was_ended_in_good_order_may_go_without_a_word() 
     assert cluster.status.runner(2).state is RunnerState.SHUTDOWN
 
 
+def test_no_epoch_starts_while_the_heartbeat_of_a_rank_is_overdue() -> None:
+    """Its node may be going down: the stream is given up only after seconds of silence."""
+    cluster = ready()
+    cluster.pods["tiny-1"].partitioned = True
+    cluster.wait(8)
+    cluster.kill_engine(0)
+    cluster.hear_all()
+    cluster.reconcile()
+    cluster.supervisor(1).fail(Reason.PEER_LOST, "connection to rank 0 was lost", peer=0)
+    cluster.wait(6)
+    cluster.hear_all()
+    made = cluster.reconcile()
+    assert [r.epoch for r in cluster.status.runners] == [1, 1]
+    assert made.requeue_at is not None
+    assert made.requeue_at - cluster.now <= timedelta(seconds=1)
+    cluster.pods["tiny-1"].partitioned = False
+    cluster.run()
+    assert cluster.ready()
+    assert cluster.status.epoch == 2
+
+
 def test_the_budget_is_full_again_after_a_sustained_ready_and_that_alone_is_no_write() -> None:
     cluster = ready(restartPolicy={"maxRestarts": 1})
     cluster.kill_engine(1)

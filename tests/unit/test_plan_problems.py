@@ -46,8 +46,8 @@ def test_an_unschedulable_pod_is_told_in_the_schedulers_words_and_stalls_at_its_
     assert (scheduled.status, scheduled.reason) == ("False", Reason.UNSCHEDULABLE)
     assert scheduled.message == (
         "rank 0/2 pod tiny-0: not placed: 0/2 nodes are available: 2 node(s) didn't match Pod's node "
-        "affinity/selector; free or add resources, or correct spec.runner.nodeSelector, tolerations, affinity or "
-        "resources.requests; so on 2 ranks"
+        "affinity/selector; the same on 2 ranks; free or add resources, or correct spec.runner.nodeSelector, "
+        "tolerations, affinity or resources.requests"
     )
     assert condition(cluster, ConditionType.READY).reason is Reason.UNSCHEDULABLE
     assert not cluster.stalled()

@@ -4,7 +4,7 @@ from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.status import Condition, RunnerStatus, Status
 
-from .messages import listed, one_line, remedy, without_who
+from .messages import listed, one_line, split_advice, without_who
 
 _PLAIN = (Reason.SUSPENDED, *(reason for reason in Reason if not reason.remedy))
 """Reasons whose words the headline has already."""
@@ -15,15 +15,16 @@ def brief(status: Status) -> tuple[str, ...]:
     ready = status.condition(ConditionType.READY)
     if ready is None:
         return ()
+    pods = [record.pod for record in status.runners if record.pod]
+    why, do = split_advice(ready.message, ready.reason, pods)
     lines = [_headline(status, ready)]
-    why = _why(status, ready)
-    if why:
-        lines.append(why)
+    if _tells_why(status, ready):
+        lines.append(f"why: {why}")
     cause = _cause(status)
     ranks = sorted(status.runners, key=lambda record: (record.rank != cause, record.rank))
     lines += [_rank_line(status, record) for record in ranks]
-    if ready.status != "True" and ready.reason.remedy:
-        lines.append(f"do: {remedy(ready.reason, _pod(status))}")
+    if ready.status != "True" and do:
+        lines.append(f"do: {do}")
     return tuple(one_line(line) for line in lines)
 
 
@@ -34,11 +35,6 @@ def _failing(status: Status) -> bool:
 
 def _cause(status: Status) -> int | None:
     return status.history[0].rank if _failing(status) and status.history else None
-
-
-def _pod(status: Status) -> str | None:
-    cause = _cause(status)
-    return status.runner(cause).pod if cause is not None else None
 
 
 def _headline(status: Status, ready: Condition) -> str:
@@ -75,12 +71,13 @@ def _after(status: Status, ready: Condition) -> str:
     return f" after {last.reason} on rank {last.rank}"
 
 
-def _why(status: Status, ready: Condition) -> str:
-    """The words of what is in the way, where no rank's line has them."""
-    failure = status.history[0].message if _failing(status) and status.history else None
-    if ready.status == "True" or ready.reason in _PLAIN or (failure and ready.message.startswith(failure)):
-        return ""
-    return f"why: {ready.message}"
+def _tells_why(status: Status, ready: Condition) -> bool:
+    """Whether there are words of what is in the way that no rank's line has."""
+    if ready.status == "True" or ready.reason in _PLAIN:
+        return False
+    failures = [record.last_failure.message for record in status.runners if record.last_failure is not None]
+    failed = [record for record in status.runners if record.state is RunnerState.FAILED]
+    return not failed or not any(ready.message.startswith(failure) for failure in failures)
 
 
 def _rank_line(status: Status, record: RunnerStatus) -> str:

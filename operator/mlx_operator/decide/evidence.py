@@ -137,7 +137,7 @@ def _report(rank: Rank, epoch: int, ended_by_us: bool) -> Evidence | None:
 def _from_failure(rank: Rank, failure: LastFailure, accused: int | None) -> Evidence:
     state = failure.state
     named = any(name in failure.message for name in RunnerState)
-    what = failure.message if named else f"{failure.message} in {state}"
+    what = failure.message if named else f"{failure.message}, in {state}"
     return Evidence(
         rank=rank.rank,
         reason=failure.reason,

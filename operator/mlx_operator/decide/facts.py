@@ -173,6 +173,8 @@ def _reconciling(s: Situation, ready: Fact, stalled: Fact) -> Fact:
         pending_only = restart.open_failure(s.status) is None
         step = restart.next_step(s.status, s.picture.wanted.restarts)
         return Fact("True", Reason.RESTART_BACKOFF, "a failure is being looked into" if pending_only else step)
+    if s.problem is not None:
+        return Fact("True", Reason.PROGRESSING, "waiting for what is in the way: see Ready")
     return Fact("True", Reason.PROGRESSING, ready.message)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import signal
+from collections.abc import Iterable
 from datetime import datetime
 
 from mlx_operator_api.base import format_time
@@ -52,6 +53,18 @@ def without_who(message: str) -> str:
     """What follows `rank 1/2 pod tiny-1 on node n2: `."""
     head, separator, rest = message.partition(": ")
     return rest if separator and head.startswith("rank ") else message
+
+
+MODEL_IMAGE_REMEDY = "correct spec.model.source or imagePullSecrets, or make the registry reachable"
+"""What to do about ImagePullFailed when the image is the model's."""
+
+
+def split_advice(message: str, reason: Reason, pods: Iterable[str]) -> tuple[str, str]:
+    """A message without its next step, and that step."""
+    for advice in (*(remedy(reason, pod) for pod in pods), reason.remedy, MODEL_IMAGE_REMEDY):
+        if advice and message.endswith("; " + advice):
+            return message.removesuffix("; " + advice), advice
+    return message, reason.remedy
 
 
 def remedy(reason: Reason, pod: str | None) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from mlx_operator_api import names
@@ -43,10 +43,18 @@ class Problem:
     where: ConditionType
     """The condition it makes False: Scheduled, ModelAvailable or Ready."""
     reason: Reason
-    message: str
+    what: str
+    """Who, what, evidence."""
     stalled: bool
     """Waiting alone will not help."""
     rank: int | None = None
+    advice: str = ""
+    """The next step."""
+
+    @property
+    def message(self) -> str:
+        """The whole sentence."""
+        return clauses(self.what, self.advice)
 
 
 def find(picture: Picture, status: Status) -> Problem | None:
@@ -56,9 +64,7 @@ def find(picture: Picture, status: Status) -> Problem | None:
         return None
     first = min(found, key=lambda p: (not p.stalled, p.reason.ordinal, -1 if p.rank is None else p.rank))
     alike = sum(p.reason is first.reason for p in found)
-    if alike < 2:
-        return first
-    return Problem(first.where, first.reason, clauses(first.message, f"so on {alike} ranks"), first.stalled, first.rank)
+    return first if alike < 2 else replace(first, what=clauses(first.what, f"the same on {alike} ranks"))
 
 
 def _all(picture: Picture, status: Status) -> Iterator[Problem]:
@@ -77,9 +83,9 @@ def _problem(
 ) -> Problem:
     name = names.pod_name(picture.wanted.name, rank.rank)
     subject = who(rank.rank, picture.wanted.world_size, name, rank.pod.node if rank.pod else None)
+    what = one_line(f"{subject}: {words}", 700)
     advice = messages.remedy(reason, name) if remedy is None else remedy
-    message = clauses(f"{subject}: {one_line(words, 700)}", advice)
-    return Problem(ConditionType.SCHEDULED, reason, message, stalled, rank.rank)
+    return Problem(ConditionType.SCHEDULED, reason, what, stalled, rank.rank, advice)
 
 
 def _service(picture: Picture) -> Iterator[Problem]:
@@ -87,12 +93,12 @@ def _service(picture: Picture) -> Iterator[Problem]:
     refusal = picture.observed.refusals.get(name)
     if found is not None and not service.ours(found, picture.wanted):
         words = f"Service {name} exists and does not belong to this ModelInstance"
-        message = clauses(words, Reason.CHILD_CONFLICT.remedy)
-        yield Problem(ConditionType.READY, Reason.CHILD_CONFLICT, message, stalled=True)
+        remedy = Reason.CHILD_CONFLICT.remedy
+        yield Problem(ConditionType.READY, Reason.CHILD_CONFLICT, words, stalled=True, advice=remedy)
     elif found is None and refusal is not None:
         words = f"Service {name}: the API server refused it (HTTP {refusal.status}): {one_line(refusal.message, 600)}"
         reason = Reason.CHILD_CONFLICT if refusal.status == 409 else Reason.POD_REFUSED
-        yield Problem(ConditionType.READY, reason, clauses(words, reason.remedy), stalled=True)
+        yield Problem(ConditionType.READY, reason, words, stalled=True, advice=reason.remedy)
 
 
 def _foreign(rank: Rank, picture: Picture) -> Problem | None:
@@ -175,7 +181,7 @@ def _pull(rank: Rank, pod: PodView, picture: Picture) -> Problem:
         return Problem(ConditionType.SCHEDULED, known.reason, known.message, stalled=True, rank=rank.rank)
     source, remedy = picture.wanted.source, None
     if source.kind is SourceKind.IMAGE and source.name in box.message:
-        remedy = "correct spec.model.source or imagePullSecrets, or make the registry reachable"
+        remedy = messages.MODEL_IMAGE_REMEDY
     return _problem(picture, rank, Reason.IMAGE_PULL_FAILED, words, stalled=True, remedy=remedy)
 
 
@@ -221,11 +227,11 @@ def _reached(rank: Rank, picture: Picture, status: Status) -> Problem | None:
         return None
     if view.undecodable:
         found = _problem(picture, rank, Reason.REPORT_UNDECODABLE, view.error or "unreadable report", stalled=True)
-        return Problem(ConditionType.READY, found.reason, found.message, stalled=True, rank=rank.rank)
+        return replace(found, where=ConditionType.READY)
     if rank.report is not None and not rank.understood:
         words = f"its supervisor speaks protocol {rank.report.protocol}, this operator {PROTOCOL} and {PROTOCOL - 1}"
         found = _problem(picture, rank, Reason.PROTOCOL_MISMATCH, words, stalled=True)
-        return Problem(ConditionType.READY, found.reason, found.message, stalled=True, rank=rank.rank)
+        return replace(found, where=ConditionType.READY)
     joined = rank.record.epoch == status.epoch and rank.record.pod_uid == pod.uid
     started, begun = picture.settings.started, pod.container.running
     if rank.alive or joined or begun is None:
@@ -237,7 +243,7 @@ def _reached(rank: Rank, picture: Picture, status: Status) -> Problem | None:
     why = f": {view.error}" if view.error else ""
     words = f"its container runs, but its supervisor cannot be reached{why}"
     found = _problem(picture, rank, Reason.RUNNER_UNREACHABLE, words, stalled=True)
-    return Problem(ConditionType.READY, found.reason, found.message, stalled=True, rank=rank.rank)
+    return replace(found, where=ConditionType.READY)
 
 
 def _downloaded(rank: Rank, picture: Picture, status: Status) -> Problem | None:
@@ -245,5 +251,5 @@ def _downloaded(rank: Rank, picture: Picture, status: Status) -> Problem | None:
     noted = downloads.lasting(record)
     if noted is None or record.epoch != status.epoch or downloads.available(rank, status.epoch, picture.stored):
         return None
-    message = clauses(noted.message, noted.reason.remedy)
-    return Problem(ConditionType.MODEL_AVAILABLE, noted.reason, message, stalled=True, rank=rank.rank)
+    remedy = messages.remedy(noted.reason, record.pod)
+    return Problem(ConditionType.MODEL_AVAILABLE, noted.reason, noted.message, True, rank.rank, remedy)

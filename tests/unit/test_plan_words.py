@@ -1,0 +1,317 @@
+"""What a person reads: `status.brief` for every row of the fault matrix, word by word."""
+
+# ruff: noqa: E501 (the texts are compared word by word)
+from collections.abc import Callable
+
+import pytest
+
+from mlx_operator.decide.observed import Refusal
+from mlx_operator_api.conditions import ConditionType, Reason
+from mlx_operator_api.runner import RunnerState
+from mlx_operator_api.status import MAX_MESSAGE
+from tests.unit.simulator import START, Cluster
+from tests.unit.test_plan_failure import ready, see
+from tests.unit.test_plan_problems import WORDS, crash, placed, waiting
+from tests.unit.test_plan_startup import until
+
+
+def before_the_pods() -> Cluster:
+    cluster = Cluster()
+    cluster.reconcile()
+    return cluster
+
+
+def serving() -> Cluster:
+    return ready()
+
+
+def loading_for_a_minute() -> Cluster:
+    cluster = Cluster(deadlines={"load": "2h"})
+    until(cluster, 0, RunnerState.LOADING)
+    for rank in (0, 1):
+        cluster.supervisor(rank).running = None
+    cluster.supervisor(0).publish(layers="12-23", layers_loaded=7, layers_total=12)
+    cluster.hear_all()
+    cluster.reconcile()
+    cluster.wait(70)
+    cluster.hear_all()
+    cluster.reconcile()
+    return cluster
+
+
+def engine_killed() -> Cluster:
+    cluster = ready()
+    cluster.kill_engine(1)
+    see(cluster)
+    return cluster
+
+
+def engine_killed_and_recovered() -> Cluster:
+    cluster = ready()
+    cluster.kill_engine(1)
+    cluster.run()
+    return cluster
+
+
+def peer_lost_and_nothing_else_known() -> Cluster:
+    cluster = ready()
+    cluster.supervisor(0).fail(Reason.PEER_LOST, "connection to rank 1 was lost", peer=1)
+    cluster.hear_all()
+    cluster.reconcile()
+    return cluster
+
+
+def container_out_of_memory() -> Cluster:
+    cluster = ready(runner={"resources": {"limits": {"memory": "512Mi"}}})
+    cluster.kill_container(1)
+    see(cluster)
+    return cluster
+
+
+def pod_deleted() -> Cluster:
+    cluster = ready()
+    cluster.delete("tiny-1")
+    see(cluster)
+    return cluster
+
+
+def node_lost() -> Cluster:
+    cluster = ready()
+    cluster.lose_node("n2")
+    see(cluster)
+    return cluster
+
+
+def supervisor_silent() -> Cluster:
+    cluster = ready()
+    cluster.pods["tiny-1"].partitioned = True
+    cluster.lose_stream("tiny-1")
+    cluster.wait(16)
+    see(cluster)
+    return cluster
+
+
+def budget_spent() -> Cluster:
+    cluster = ready(restartPolicy={"maxRestarts": 0})
+    cluster.kill_engine(0)
+    cluster.run()
+    return cluster
+
+
+def hopeless() -> Cluster:
+    cluster = ready()
+    words = "the shard needs 1.1Gi and the memory limit is 512Mi"
+    cluster.supervisor(1).fail(Reason.INSUFFICIENT_MEMORY, words)
+    cluster.run()
+    return cluster
+
+
+def suspended() -> Cluster:
+    cluster = ready()
+    cluster.change(suspend=True)
+    cluster.run()
+    return cluster
+
+
+def unschedulable() -> Cluster:
+    cluster = Cluster()
+    cluster.unplaceable = "0/2 nodes are available: 2 Insufficient memory."
+    cluster.run(30)
+    return cluster
+
+
+def image_not_pulled() -> Cluster:
+    cluster = placed()
+    waiting(cluster, "ErrImagePull", WORDS)
+    cluster.reconcile()
+    return cluster
+
+
+def quota_exceeded() -> Cluster:
+    cluster = Cluster()
+    cluster.refuse = Refusal(403, 'pods "tiny-0" is forbidden: exceeded quota: small', START)
+    cluster.reconcile()
+    cluster.reconcile()
+    return cluster
+
+
+def crash_before_joining() -> Cluster:
+    cluster = placed()
+    crash(cluster, 2, running=False)
+    cluster.reconcile()
+    return cluster
+
+
+def model_not_found() -> Cluster:
+    cluster = placed()
+    cluster.tick()
+    for rank in (0, 1):
+        cluster.supervisor(rank).download_fails = Reason.MODEL_NOT_FOUND
+    cluster.run(30)
+    return cluster
+
+
+def hub_source() -> Cluster:
+    cluster = Cluster(model={"source": "hf://Qwen/Qwen2.5-0.5B-Instruct"})
+    cluster.run()
+    return cluster
+
+
+def spec_not_valid() -> Cluster:
+    cluster = ready()
+    cluster.change(runners=65)
+    cluster.run()
+    return cluster
+
+
+EXPECTED: dict[Callable[[], Cluster], str] = {
+    before_the_pods: """
+        Not ready: 0/2 pods run; rank 0/2 pod tiny-0 is being created
+        rank 0/2 tiny-0: RunnerPending
+        rank 1/2 tiny-1: RunnerPending
+    """,
+    serving: """
+        Ready: 2/2 runners serve tiny at http://tiny.default.svc:8080/v1
+        rank 0/2 tiny-0 on n1: RunnerReady, layers 0-11
+        rank 1/2 tiny-1 on n2: RunnerReady, layers 0-11
+    """,
+    loading_for_a_minute: """
+        Not ready: 0/2 runners hold their shard; waiting for rank 0 on node n1 at 6/12 layers and 1 other
+        rank 0/2 tiny-0 on n1: RunnerLoading, layers 12-23, 6/12 layers
+        rank 1/2 tiny-1 on n2: RunnerLoading
+    """,
+    engine_killed: """
+        Not ready: restart 1/5 at 15:00:02Z after EngineCrashed on rank 1
+        rank 1/2 tiny-1 on n2: RunnerFailed, engine killed by signal 9 (SIGKILL) in RunnerReady
+        rank 0/2 tiny-0 on n1: RunnerReady, layers 0-11
+        do: read the evidence in the message and the log: kubectl logs tiny-1
+    """,
+    engine_killed_and_recovered: """
+        Ready: 2/2 runners serve tiny at http://tiny.default.svc:8080/v1
+        rank 0/2 tiny-0 on n1: RunnerReady, layers 0-11, last failure PeerLost in epoch 1
+        rank 1/2 tiny-1 on n2: RunnerReady, layers 0-11, last failure EngineCrashed in epoch 1
+    """,
+    peer_lost_and_nothing_else_known: """
+        Not ready: a failure is being looked into
+        rank 0/2 tiny-0 on n1: RunnerFailed, connection to rank 1 was lost in RunnerReady
+        rank 1/2 tiny-1 on n2: RunnerReady, layers 0-11
+        do: look at the rank that the message accuses
+    """,
+    container_out_of_memory: """
+        Not ready: restart 1/5 at 15:00:02Z after OutOfMemory on rank 1
+        rank 1/2 tiny-1 on n2: RunnerFailed, container ended with exit code 137 (SIGKILL) in RunnerReady, OOMKilled, memory limit 512Mi
+        rank 0/2 tiny-0 on n1: RunnerReady, layers 0-11
+        do: raise spec.runner.resources.limits.memory, use more runners, or a smaller model
+    """,
+    pod_deleted: """
+        Not ready: restart (free of budget) at 15:00:02Z after PodDeleted on rank 1
+        rank 1/2 tiny-1 on n2: RunnerFailed, its pod is being deleted
+        rank 0/2 tiny-0 on n1: RunnerReady, layers 0-11
+        do: nothing: a new pod is made and the group starts again
+    """,
+    node_lost: """
+        Not ready: restart (free of budget) at 15:00:02Z after NodeLost on rank 1
+        rank 1/2 tiny-1 on n2: RunnerFailed, node n2 is NotReady since 15:00:02Z (NodeStatusUnknown)
+        rank 0/2 tiny-0 on n1: RunnerReady, layers 0-11
+        do: nothing for the group, which moves to other nodes; look at the node: kubectl describe node
+    """,
+    supervisor_silent: """
+        Not ready: restart 1/5 at 15:00:18Z after RunnerUnreachable on rank 1
+        rank 1/2 tiny-1 on n2: RunnerFailed, its supervisor cannot be reached, silent since 15:00:02Z: connection lost
+        rank 0/2 tiny-0 on n1: RunnerReady, layers 0-11
+        do: check NetworkPolicies between the operator and the pods (port 8081)
+    """,
+    budget_spent: """
+        Stalled: RestartBudgetExhausted after EngineCrashed on rank 0
+        rank 0/2 tiny-0 on n1: RunnerFailed, engine killed by signal 9 (SIGKILL) in RunnerReady
+        rank 1/2 tiny-1 on n2: RunnerFailed (consequence), connection to rank 0 was lost in RunnerReady
+        do: see the last failure; correct the spec, or set the annotation mlx-operator.dev/retry to a new value
+    """,
+    hopeless: """
+        Stalled: InsufficientMemory on rank 1
+        rank 1/2 tiny-1 on n2: RunnerFailed, the shard needs 1.1Gi and the memory limit is 512Mi in RunnerReady
+        rank 0/2 tiny-0 on n1: RunnerFailed (consequence), connection to rank 1 was lost in RunnerReady
+        do: raise spec.runner.resources.limits.memory or spec.runners
+    """,
+    suspended: """
+        Suspended: spec.suspend is true: pods are removed; Service and history are kept; set it to false to start again
+        rank 0/2 tiny-0: RunnerPending
+        rank 1/2 tiny-1: RunnerPending
+        do: set spec.suspend to false to start it again
+    """,
+    unschedulable: """
+        Not ready: Unschedulable
+        why: rank 0/2 pod tiny-0: not placed: 0/2 nodes are available: 2 Insufficient memory; the same on 2 ranks
+        rank 0/2 tiny-0: RunnerPending
+        rank 1/2 tiny-1: RunnerPending
+        do: free or add resources, or correct spec.runner.nodeSelector, tolerations, affinity or resources.requests
+    """,
+    image_not_pulled: """
+        Stalled: ImagePullFailed
+        why: rank 1/2 pod tiny-1 on node n2: failed to pull and unpack image "runner:1": failed to resolve reference: connection refused
+        rank 0/2 tiny-0 on n1: RunnerPending
+        rank 1/2 tiny-1 on n2: RunnerPending
+        do: correct spec.runner.image or imagePullSecrets, or make the registry reachable
+    """,
+    quota_exceeded: """
+        Stalled: PodRefused
+        why: rank 0/2 pod tiny-0: the API server refused the pod (HTTP 403): pods "tiny-0" is forbidden: exceeded quota: small; the same on 2 ranks
+        rank 0/2 tiny-0: RunnerPending
+        rank 1/2 tiny-1: RunnerPending
+        do: read the API server's words in the message and correct the spec, the quota or the policy
+    """,
+    crash_before_joining: """
+        Stalled: ContainerCrashed
+        why: rank 1/2 pod tiny-1 on node n2: container ends with exit code 1 before its supervisor answers, last words: ImportError: no module named mlx
+        rank 0/2 tiny-0 on n1: RunnerPending
+        rank 1/2 tiny-1 on n2: RunnerPending
+        do: read the previous container's log: kubectl logs tiny-1 --previous
+    """,
+    model_not_found: """
+        Stalled: ModelNotFound
+        why: rank 0/2 pod tiny-0 on node n1: DownloadModel failed: no config.json at /models/source; the same on 2 ranks
+        rank 0/2 tiny-0 on n1: RunnerIdle, last failure ModelNotFound in epoch 1
+        rank 1/2 tiny-1 on n2: RunnerIdle, last failure ModelNotFound in epoch 1
+        do: correct spec.model.source: it must lead to a directory with config.json and safetensors files
+    """,
+    hub_source: """
+        Stalled: SourceUnsupported
+        why: spec.model.source: hf://Qwen/Qwen2.5-0.5B-Instruct: this release cannot read hf:// sources
+        do: use pvc://CLAIM/PATH or oci://IMAGE
+    """,
+    spec_not_valid: """
+        Stalled: InvalidSpec
+        why: spec.runners: Input should be less than or equal to 64 (found 65)
+        rank 0/2 tiny-0 on n1: RunnerReady, layers 0-11
+        rank 1/2 tiny-1 on n2: RunnerReady, layers 0-11
+        do: correct the field that the message names
+    """,
+}
+
+
+@pytest.mark.parametrize("scene", EXPECTED, ids=lambda scene: scene.__name__)
+def test_the_brief_says_word_by_word(scene: Callable[[], Cluster]) -> None:
+    cluster = scene()
+    lines = [line.strip() for line in EXPECTED[scene].strip().splitlines()]
+    assert list(cluster.status.brief) == lines
+
+
+@pytest.mark.parametrize("scene", EXPECTED, ids=lambda scene: scene.__name__)
+def test_every_message_is_one_line_that_is_never_empty_and_never_too_long(scene: Callable[[], Cluster]) -> None:
+    status = scene().status
+    messages = [condition.message for condition in status.conditions]
+    messages += [failure.message for failure in status.history] + list(status.brief)
+    for message in messages:
+        assert message.strip() == message
+        assert "\n" not in message
+        assert 0 < len(message) <= MAX_MESSAGE
+
+
+@pytest.mark.parametrize("scene", EXPECTED, ids=lambda scene: scene.__name__)
+def test_what_is_stalled_says_what_to_do(scene: Callable[[], Cluster]) -> None:
+    status = scene().status
+    stalled = status.condition(ConditionType.STALLED)
+    assert stalled is not None
+    if stalled.status == "True":
+        assert stalled.reason.remedy
+        assert status.brief[-1].startswith("do: ")
