@@ -59,6 +59,11 @@ def is_ready(instance: Manifest) -> bool:
     return ready.get("status") == "True" and ready.get("observedGeneration") == instance["metadata"]["generation"]
 
 
+def again_in(epoch: int) -> Callable[[Manifest], bool]:
+    """A check: Ready in this epoch."""
+    return lambda instance: is_ready(instance) and instance["status"]["epoch"] == epoch
+
+
 class OperatorProcess:
     """`python -m mlx_operator`, as its Deployment would run it."""
 
@@ -145,6 +150,24 @@ class World:
             await eventually(started.ready, f"the operator is ready\n{log}", 40)
         return started
 
+    @asynccontextmanager
+    async def deployment(self, *flags: str) -> AsyncIterator[list[OperatorProcess]]:
+        """An operator that is started again whenever it ends, as its Deployment does; yields all so far."""
+        started = [await self.operator(*flags, ready=False)]
+
+        async def keep() -> None:
+            while True:
+                await started[-1].process.wait()
+                await asyncio.sleep(0.5)
+                started.append(await self.operator(*flags, ready=False))
+
+        keeping = asyncio.create_task(keep(), name="deployment")
+        try:
+            yield started
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+
     async def close(self) -> None:
         """Remove the instances, then end the operators."""
         try:
@@ -218,6 +241,10 @@ class World:
     def writes(self, since: int = 0) -> list[Request]:
         """The operators' requests that changed something in the namespace, from the API server's audit log."""
         return [r for r in self.audit.writes(since, user=self.user) if r.namespace == self.namespace]
+
+    def requests_that_created(self, resource: str) -> list[Request]:
+        """The operators' creations of a kind that were carried out, whatever answer arrived."""
+        return [r for r in self.writes() if r.verb == "create" and r.resource == resource and r.code == 201]
 
     async def pods(self) -> list[Manifest]:
         """All pods."""

@@ -2,19 +2,13 @@
 
 import asyncio
 import signal
-from typing import Any
 
 from mlx_operator.act.kube import KubeError
 from mlx_operator.act.resources import INSTANCES, PODS, SERVICES, Resource
 from mlx_operator_api.conditions import ConditionType, Reason
-from tests.apiserver.harness import Manifest, World, condition, eventually, is_ready
+from tests.apiserver.harness import Manifest, World, again_in, condition, eventually, is_ready
 
 QUOTAS = Resource("", "v1", "resourcequotas", "ResourceQuota")
-
-
-def again_in(epoch: int) -> Any:
-    """Ready in an epoch."""
-    return lambda instance: is_ready(instance) and instance["status"]["epoch"] == epoch
 
 
 async def uids(place: World) -> set[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_operator.act.resources import INSTANCES, LEASES, PODS
 from mlx_operator_api.conditions import ConditionType
-from tests.apiserver.harness import World, condition, eventually, forget_leader, is_ready
+from tests.apiserver.harness import World, again_in, condition, eventually, forget_leader
 from tests.cluster.deploy import NAMESPACE, RELEASE
 
 
@@ -59,7 +59,7 @@ async def test_a_failure_while_no_operator_runs_is_found_by_the_next_one(place: 
     pods = {pod["metadata"]["uid"] for pod in await place.pods()}
     place.kubelet.kill_engine("tiny-1")
     await place.operator()
-    after = await place.until(lambda i: is_ready(i) and i["status"]["epoch"] == 2, "Ready again in epoch 2")
+    after = await place.until(again_in(2), "Ready again in epoch 2")
     assert before["status"]["epoch"] == 1
     failure = after["status"]["history"][0]
     assert failure["rank"] == 1, failure
@@ -108,7 +108,7 @@ async def test_the_lease_of_a_killed_operator_runs_out(place: World) -> None:
     await (await place.operator()).leads()
     after = await place.kube.get(LEASES, NAMESPACE, RELEASE)
     assert after["spec"]["leaseTransitions"] == before["spec"]["leaseTransitions"] + 1
-    await place.until(lambda i: is_ready(i) and i["status"]["epoch"] == 2, "Ready again in epoch 2")
+    await place.until(again_in(2), "Ready again in epoch 2")
 
 
 async def test_a_leader_that_cannot_renew_ends_itself(place: World) -> None:

@@ -65,10 +65,10 @@ def settings() -> kopf.OperatorSettings:
     chosen = kopf.OperatorSettings()
     chosen.peering.standalone = True  # a Lease of our own: kopf's peering is not fenced
     chosen.scanning.disabled = True  # needs permissions on CRDs and namespaces; the start barrier checks them once
-    chosen.posting.enabled = False
+    chosen.posting.enabled = False  # its Events are neither folded nor do they say an action
     chosen.persistence.diffbase_storage = _NoDiff()
     chosen.persistence.progress_storage = _NoProgress()
-    chosen.watching.server_timeout = 300
+    chosen.watching.server_timeout = 300  # a watch that silently died is opened anew, without a list
     chosen.watching.client_timeout = 310
     chosen.watching.connect_timeout = 10
     chosen.watching.label_selectors[PODS.plural] = names.INSTANCE_LABEL
@@ -76,8 +76,9 @@ def settings() -> kopf.OperatorSettings:
     chosen.networking.request_timeout = 30
     chosen.networking.connect_timeout = 5
     chosen.networking.error_backoffs = _Forever()
-    chosen.queueing.idle_timeout = 1
+    chosen.queueing.idle_timeout = 1  # a task per object that changed within this time
     chosen.process.ultimate_exiting_timeout = 25
+    # initial_streaming stays off: after a cut in the middle of the first stream it goes on with what it has, for good.
     return chosen
 
 
