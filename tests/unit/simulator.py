@@ -215,6 +215,7 @@ class Cluster:
         self.unplaceable: str | None = None
         self.pull_error: str | None = None
         self.notes: dict[str, tuple[str, ...]] = {}
+        self.lagging: dict[str, dict[str, Any]] = {}
         self.settings = Settings(runner_image="runner:1", key_id="abcdef0123", started=START)
         self.views: dict[str, RunnerView] = {}
         self.patches: list[Status] = []
@@ -228,7 +229,7 @@ class Cluster:
     def observed(self) -> Observed:
         return Observed(
             instance=copy.deepcopy(self.instance),
-            pods=tuple(copy.deepcopy(pod.manifest) for pod in self.pods.values()),
+            pods=self._watched_pods(),
             settings=self.settings,
             service=copy.deepcopy(self.service),
             runners=dict(self.views),
@@ -236,6 +237,21 @@ class Cluster:
             refusals=dict(self.refusals),
             pod_events=dict(self.notes),
         )
+
+    def _watched_pods(self) -> tuple[dict[str, Any], ...]:
+        """The pods as the watch has brought them; while it lags, as they were, and what is new."""
+        now = {pod.manifest["metadata"]["uid"]: copy.deepcopy(pod.manifest) for pod in self.pods.values()}
+        names_now = {manifest["metadata"]["name"] for uid, manifest in now.items() if uid not in self.lagging}
+        late = [m for m in self.lagging.values() if m["metadata"]["name"] not in names_now]
+        return (*late, *(manifest for uid, manifest in now.items() if uid not in self.lagging))
+
+    def lag(self) -> None:
+        """From now on the watch of pods brings nothing of those that it knows."""
+        self.lagging = {p.manifest["metadata"]["uid"]: copy.deepcopy(p.manifest) for p in self.pods.values()}
+
+    def catch_up(self) -> None:
+        """The watch has brought everything."""
+        self.lagging = {}
 
     @property
     def status(self) -> Status:

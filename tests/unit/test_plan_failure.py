@@ -159,6 +159,50 @@ def test_a_later_trouble_of_another_rank_does_not_replace_the_cause() -> None:
     assert (failure.rank, failure.reason) == (1, Reason.OUT_OF_MEMORY)
 
 
+def test_a_later_and_stronger_trouble_of_another_rank_does_not_replace_a_crash() -> None:
+    cluster = ready(3)
+    cluster.kill_container(1, reason="Error")
+    assert see(cluster).reason is Reason.CONTAINER_CRASHED
+    cluster.supervisor(2).fail(Reason.ENGINE_CRASHED, "engine exited with code 1")
+    assert see(cluster).rank == 1
+
+
+def test_an_oom_kill_is_named_although_its_predecessor_had_reported_something_else() -> None:
+    cluster = ready()
+    cluster.supervisor(1).fail(Reason.LOAD_FAILED, "cannot allocate")
+    cluster.kill_container(1)
+    cluster._start_container(cluster.pods["tiny-1"])
+    assert see(cluster).reason is Reason.OUT_OF_MEMORY
+
+
+def test_a_failed_rank_stays_failed_when_its_engine_is_shut_down_afterwards() -> None:
+    cluster = Cluster(restartPolicy={"maxRestarts": 0})
+    cluster.run(until=lambda: "tiny-1" in cluster.pods and stuck(cluster, RunnerState.LOADING))
+    cluster.wait(6)
+    cluster.hear_all()
+    cluster.reconcile()
+    cluster.wait(620)
+    assert see(cluster).reason is Reason.LOAD_TIMEOUT
+    failed = cluster.status.history[0].rank
+    assert failed is not None
+    cluster.wait(6)
+    cluster.tick()
+    see(cluster)
+    assert cluster.status.runner(failed).state is RunnerState.FAILED
+
+
+def test_a_node_that_was_removed_counts_as_lost_once_its_pod_is_being_deleted() -> None:
+    cluster = ready()
+    cluster.lose_stream("tiny-1")
+    del cluster.nodes["n2"]
+    made = cluster.reconcile()
+    assert not [a for a in made.actions if isinstance(a, DeletePod)], "news of a fresh node may still be due"
+    cluster.delete("tiny-1")
+    made = cluster.reconcile(act=False)
+    assert [(a.name, a.grace_seconds) for a in made.actions if isinstance(a, DeletePod)] == [("tiny-1", 0)]
+    assert cluster.status.history[0].reason is Reason.NODE_LOST
+
+
 def test_an_oom_kill_of_the_whole_container_is_named_from_the_pod() -> None:
     cluster = ready(runner={"resources": {"limits": {"memory": "512Mi"}}})
     cluster.kill_container(1)

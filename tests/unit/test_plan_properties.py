@@ -72,6 +72,7 @@ def heal(cluster: Cluster) -> None:
     for node in cluster.nodes:
         cluster.heal_node(node)
     cluster.unplaceable = None
+    cluster.catch_up()
 
 
 RANKS = st.integers(0, 2)
@@ -91,6 +92,8 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     RANKS.map(lambda r: lambda c: partition(c, r)),
     st.sampled_from(["n1", "n2"]).map(lambda n: lambda c: c.lose_node(n)),
     st.just(heal),
+    st.just(lambda c: c.lag()),
+    st.just(lambda c: c.catch_up()),
     st.sampled_from([1, 2, 3]).map(lambda n: lambda c: c.change(runners=n)),
     st.booleans().map(lambda b: lambda c: c.change(suspend=b)),
     st.integers(1, 3).map(lambda n: lambda c: c.change(serving={"maxQueue": n})),
