@@ -282,6 +282,44 @@ def test_a_restarted_operator_waits_for_reports_before_it_judges_silence() -> No
     assert cluster.status.history[0].reason is Reason.RUNNER_UNREACHABLE
 
 
+def test_a_restarted_operator_hears_a_supervisor_on_a_node_that_is_not_ready_before_it_judges_the_node() -> None:
+    cluster = ready()
+    cluster.nodes["n2"] = replace(cluster.nodes["n2"], ready=False)
+    cluster.restart_operator()
+    made = cluster.reconcile()
+    assert made.actions == ()
+    assert cluster.ready()
+    cluster.wait(16)
+    cluster.reconcile()
+    assert cluster.status.history[0].reason is Reason.NODE_LOST
+
+
+def test_reports_of_another_instance_or_rank_are_not_believed() -> None:
+    cluster = ready()
+    view = cluster.views[uids(cluster)["tiny-1"]]
+    assert view.report is not None
+    for stranger in ({"instance_uid": "another"}, {"rank": 0}):
+        report = view.report.model_copy(update={**stranger, "state": RunnerState.FAILED, "incarnation": "other"})
+        cluster.views[uids(cluster)["tiny-1"]] = replace(view, report=report)
+        made = cluster.reconcile()
+        assert made.actions == ()
+        assert cluster.ready()
+
+
+def test_suspending_a_group_that_backs_off_forgets_the_time_of_its_restart() -> None:
+    cluster = ready(restartPolicy={"backoff": {"initial": "5m"}})
+    for _ in range(2):
+        cluster.kill_engine(1)
+        cluster.hear_all()
+        cluster.reconcile()
+        cluster.run(20)
+    assert cluster.status.next_restart_at is not None
+    cluster.change(suspend=True)
+    cluster.run(20)
+    assert cluster.status.next_restart_at is None
+    assert "restart" not in cluster.status.brief[0]
+
+
 def test_an_operator_killed_after_the_write_sends_the_tasks_after_its_restart() -> None:
     cluster = Cluster()
     cluster.run(until=lambda: len(cluster.pods) == 2 and all(p.supervisor for p in cluster.pods.values()))
