@@ -11,8 +11,8 @@ from mlx_operator_api import names
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.tasks import CreateRunner, Shutdown
+from tests.unit.scenes import condition, ready
 from tests.unit.simulator import Cluster
-from tests.unit.test_plan_failure import condition, ready
 
 
 def uids(cluster: Cluster) -> dict[str, str]:
@@ -143,7 +143,7 @@ def test_an_instance_that_is_being_deleted_is_left_to_the_garbage_collector() ->
     cluster.kill_engine(1)
     made = plan(cluster.observed(), cluster.now)
     assert made.status == cluster.status
-    assert made.actions == made.events == ()
+    assert (made.actions, made.events) == ((), ())
 
 
 def test_a_newer_default_image_restarts_nothing_but_a_restart_annotation_takes_it() -> None:
@@ -264,7 +264,7 @@ def test_a_restarted_operator_writes_and_does_nothing_on_a_converged_cluster() -
     for _ in range(3):
         made = plan(cluster.observed(), cluster.now)
         assert made.status == cluster.status
-        assert made.actions == made.events == ()
+        assert (made.actions, made.events) == ((), ())
         cluster.hear_all()
 
 

@@ -12,7 +12,8 @@ from mlx_operator.decide.observed import Settings
 from mlx_operator.decide.spec import Wanted, parse
 from mlx_operator_api import names
 from mlx_operator_api.conditions import ConditionType, Reason
-from tests.unit.simulator import UID, Cluster
+from tests.unit.simulated_supervisor import UID
+from tests.unit.simulator import Cluster
 
 SETTINGS = Settings(runner_image="runner:1", key_id="abcdef0123")
 
@@ -157,7 +158,7 @@ def test_the_hash_does_not_depend_on_the_operators_release_or_the_rank() -> None
 
 def test_the_hash_ignores_what_needs_no_other_pod() -> None:
     known = template.template_hash(wanted(), "runner:1", SETTINGS)
-    for spec in (
+    specs: tuple[dict[str, Any], ...] = (
         {"model": {"source": "pvc://models/other"}},
         {"serving": {"maxQueue": 1}},
         {"sharding": "Tensor"},
@@ -165,7 +166,8 @@ def test_the_hash_ignores_what_needs_no_other_pod() -> None:
         {"deadlines": {"load": "1h"}},
         {"restartPolicy": {"maxRestarts": 1}},
         {"runner": {}},
-    ):
+    )
+    for spec in specs:
         assert template.template_hash(wanted(**spec), "runner:1", SETTINGS) == known, spec
 
 

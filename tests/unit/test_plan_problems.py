@@ -10,16 +10,10 @@ from mlx_operator_api import names
 from mlx_operator_api.base import format_time
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState, TaskName
-from mlx_operator_api.status import Condition
+from tests.unit.scenes import condition
 from tests.unit.simulator import START, Cluster
 
 WORDS = 'failed to pull and unpack image "runner:1": failed to resolve reference: connection refused'
-
-
-def condition(cluster: Cluster, kind: ConditionType) -> Condition:
-    found = cluster.status.condition(kind)
-    assert found is not None
-    return found
 
 
 def waiting(cluster: Cluster, reason: str, message: str = "", rank: int = 1, **more: Any) -> None:

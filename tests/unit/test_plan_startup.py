@@ -10,7 +10,8 @@ from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState, TaskName
 from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import ConnectToGroup, CreateRunner
-from tests.unit.simulator import UID, Cluster
+from tests.unit.simulated_supervisor import UID
+from tests.unit.simulator import Cluster
 
 
 def told(cluster: Cluster) -> list[tuple[int, str]]:
@@ -183,7 +184,7 @@ def test_an_idle_instance_writes_nothing_however_long(seconds: int) -> None:
     cluster.hear_all()
     made = cluster.reconcile()
     assert len(cluster.patches) == patches
-    assert made.actions == made.events == ()
+    assert (made.actions, made.events) == ((), ())
 
 
 def test_progress_of_a_quick_load_costs_no_write() -> None:

@@ -9,8 +9,8 @@ from mlx_operator.decide.observed import Refusal
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.status import MAX_MESSAGE
+from tests.unit.scenes import ready, see
 from tests.unit.simulator import START, Cluster
-from tests.unit.test_plan_failure import ready, see
 from tests.unit.test_plan_problems import WORDS, crash, placed, waiting
 from tests.unit.test_plan_startup import until
 
