@@ -21,14 +21,13 @@ async def test_a_killed_engine_is_diagnosed_and_the_group_starts_again_in_the_sa
     await place.until_ready()
     before = await uids(place)
     place.kubelet.kill_engine("tiny-1")
-    failed = await place.until(
-        lambda i: condition(i, ConditionType.RUNNER_FAILED).get("status") == "True",
-        "the failure is recorded",
-        seconds=10,
-    )
-    message = condition(failed, ConditionType.RUNNER_FAILED)["message"]
-    for word in ("rank 1/2", "tiny-1", "n2", "SIGKILL"):
-        assert word in message, message
+
+    def diagnosed(instance: Manifest) -> bool:
+        # Rank 0 may be heard first, of its lost peer; the cause then replaces it.
+        message = condition(instance, ConditionType.RUNNER_FAILED).get("message", "")
+        return all(word in message for word in ("rank 1/2", "tiny-1", "n2", "SIGKILL"))
+
+    await place.until(diagnosed, "the cause is recorded", seconds=10)
     after = await place.until(again_in(2), "Ready again in epoch 2")
     assert await uids(place) == before
     assert after["status"]["history"][0]["rank"] == 1

@@ -61,7 +61,7 @@ class _Forever:
 
 
 def settings() -> kopf.OperatorSettings:
-    """Kopf's settings; docs/architecture.md says why each differs from its default."""
+    """Where we differ from the defaults."""
     chosen = kopf.OperatorSettings()
     chosen.peering.standalone = True  # a Lease of our own: kopf's peering is not fenced
     chosen.scanning.disabled = True  # needs permissions on CRDs and namespaces; the start barrier checks them once
