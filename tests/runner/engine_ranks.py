@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlx_operator_api.names import ring_port
 from mlx_operator_api.tasks import Peer, Sharding
 from mlx_runner import channel
 from mlx_runner.progress import Progress
@@ -51,14 +52,14 @@ class Answer:
 class Rank:
     """One engine process, with the supervisor's end of its channel."""
 
-    def __init__(self, rank: int, directory: Path) -> None:
+    def __init__(self, rank: int, directory: Path, prefix: Sequence[str] = ()) -> None:
         self.rank = rank
         page = directory / f"progress-{rank}"
         self.progress = Progress(page, create=True)
         self._ours, theirs = socket.socketpair()
         self._stderr = (directory / f"stderr-{rank}").open("wb+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_runner.engine"],
+            [*prefix, sys.executable, "-m", "mlx_runner.engine"],
             env={**environment(), channel.FD_VARIABLE: str(theirs.fileno()), channel.PROGRESS_VARIABLE: str(page)},
             pass_fds=[theirs.fileno()],
             stdout=self._stderr,
@@ -162,9 +163,13 @@ class Ranks:
     group: int = field(default_factory=lambda: next(_groups) + (os.getpid() % 10) * 200)
     port: int = 8082
     ranks: list[Rank] = field(default_factory=list)
+    hosts: Sequence[str] | None = None
+    prefixes: Sequence[Sequence[str]] | None = None
+    """Of each rank's command line: what puts it on a network of its own."""
 
     def start(self) -> "Ranks":
-        self.ranks = [Rank(rank, self.directory) for rank in range(self.world_size)]
+        prefixes = self.prefixes or [()] * self.world_size
+        self.ranks = [Rank(rank, self.directory, prefixes[rank]) for rank in range(self.world_size)]
         for rank in self.ranks:
             rank.expect(channel.Started)
         return self
@@ -172,11 +177,12 @@ class Ranks:
     def __getitem__(self, rank: int) -> Rank:
         return self.ranks[rank]
 
+    def host(self, rank: int) -> str:
+        return self.hosts[rank] if self.hosts else address(self.group, rank)
+
     @property
     def peers(self) -> tuple[Peer, ...]:
-        return tuple(
-            Peer(rank=rank, pod_ip=address(self.group, rank), port=self.port) for rank in range(self.world_size)
-        )
+        return tuple(Peer(rank=rank, pod_ip=self.host(rank), port=self.port) for rank in range(self.world_size))
 
     def connect_command(self, rank: int, **changes: Any) -> channel.Connect:
         command = channel.Connect(
@@ -185,7 +191,7 @@ class Ranks:
             world_size=self.world_size,
             sharding=self.sharding,
             peers=self.peers,
-            listen_host=address(self.group, rank),
+            listen_host=self.host(rank),
             token=TOKEN,
             deadline=SECONDS,
         )
@@ -200,7 +206,7 @@ class Ranks:
             rank.send(self.connect_command(rank.rank))
         if self.sharding is Sharding.TENSOR:
             for rank in self.ranks[:last]:
-                wait_listening(address(self.group, rank.rank), 8100 + self.epoch % 100)
+                wait_listening(self.host(rank.rank), ring_port(self.epoch), rank.process.pid)
         self.ranks[last].send(self.connect_command(last))
         for rank in self.ranks:
             rank.expect(channel.Connected)
@@ -251,12 +257,12 @@ def running(
         ranks.end()
 
 
-def wait_listening(host: str, port: int, seconds: float = SECONDS) -> None:
-    """Until a port listens, read from the kernel: a connection would be taken for a peer."""
+def wait_listening(host: str, port: int, pid: int, seconds: float = SECONDS) -> None:
+    """Until a port listens in a process's network, read from the kernel: a connection would be taken for a peer."""
     wanted = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
 
     def listens() -> bool:
-        rows = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+        rows = (line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:])
         return any(row[1] == wanted and row[3] == "0A" for row in rows)
 
     wait_until(listens, seconds, f"{host}:{port} listens")

@@ -89,7 +89,7 @@ class Strangers:
 
     def __init__(self, ranks: Ranks) -> None:
         host = address(ranks.group, 0)
-        wait_listening(host, ranks.port)
+        wait_listening(host, ranks.port, ranks[0].process.pid)
         self.silent = socket.create_connection((host, ranks.port))
         self.talker = socket.create_connection((host, ranks.port))
         self.talker.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(200))
