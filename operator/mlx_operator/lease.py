@@ -42,11 +42,21 @@ class Lease:
 
     Args:
         identity: differs for every process.
+        pod: our pod, where it is known. What it ran before us has ended (a container restarted), so a Lease of an
+            identity that begins with it and an underscore is free.
         now: the wall clock, for the times that people read.
     """
 
     def __init__(
-        self, kube: Kube, namespace: str, name: str, identity: str, *, now: Callable[[], datetime], timing: Timing
+        self,
+        kube: Kube,
+        namespace: str,
+        name: str,
+        identity: str,
+        *,
+        now: Callable[[], datetime],
+        timing: Timing,
+        pod: str | None = None,
     ) -> None:
         self._kube = kube
         self._namespace = namespace
@@ -54,6 +64,7 @@ class Lease:
         self._identity = identity
         self._now = now
         self._timing = timing
+        self._pod = pod
         self._lease: Manifest | None = None
         self._seen: tuple[str, float] = ("", 0.0)
         self.readable = False
@@ -135,7 +146,7 @@ class Lease:
             return await self._first()
         self._lease = lease
         holder = str(lease.get("spec", {}).get("holderIdentity") or "")
-        if holder and not self._expired(lease):
+        if holder and not self._predecessor(holder) and not self._expired(lease):
             return holder
         transitions = int(lease["spec"].get("leaseTransitions") or 0) + 1
         try:
@@ -160,6 +171,9 @@ class Lease:
                 raise
             return ""
         return self._identity
+
+    def _predecessor(self, holder: str) -> bool:
+        return self._pod is not None and holder.startswith(f"{self._pod}_")
 
     def _expired(self, lease: Manifest) -> bool:
         version, now = lease["metadata"]["resourceVersion"], asyncio.get_running_loop().time()

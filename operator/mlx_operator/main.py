@@ -93,7 +93,13 @@ class Process:
             await self._work(kube, settings, first_transitions(wall_clock()))
             return
         lease = self._lease = Lease(
-            kube, options.namespace, options.lease_name, options.identity, now=wall_clock, timing=Timing()
+            kube,
+            options.namespace,
+            options.lease_name,
+            options.identity,
+            now=wall_clock,
+            timing=Timing(),
+            pod=options.pod,
         )
         transitions = await lease.acquire()
         holding = asyncio.create_task(lease.hold(_abandon), name="lease")

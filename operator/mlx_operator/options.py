@@ -45,6 +45,9 @@ class Options:
     workers: int
     sweep_seconds: tuple[float, float]
     identity: str
+    """Differs for every process."""
+    pod: str | None
+    """Our pod's name, where the environment tells it (POD_NAME)."""
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Options:
@@ -58,7 +61,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
     found = _parser(environment).parse_args(arguments)
     if not found.runner_image:
         raise OptionError(f"--runner-image is empty: name the image of the runners (or set {_PREFIX}RUNNER_IMAGE)")
-    hostname = environment.get("POD_NAME") or socket.gethostname()
+    pod = environment.get("POD_NAME") or None
     low, high = found.sweep_min_seconds, found.sweep_max_seconds
     if not 0 < low <= high:
         raise OptionError(f"--sweep-min-seconds {low} and --sweep-max-seconds {high}: 0 < minimum <= maximum is needed")
@@ -78,7 +81,8 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         log_format=found.log_format,
         workers=found.workers,
         sweep_seconds=(low, high),
-        identity=f"{hostname}_{os.urandom(4).hex()}",
+        identity=f"{pod or socket.gethostname()}_{os.urandom(4).hex()}",
+        pod=pod,
     )
 
 

@@ -124,13 +124,15 @@ class World:
         """Who operators are to the API server."""
         self._operators: list[OperatorProcess] = []
 
-    async def operator(self, *flags: str, ready: bool = True) -> OperatorProcess:
+    async def operator(self, *flags: str, ready: bool = True, replica: int = 0) -> OperatorProcess:
         """Start an operator with the chart's permissions; by default wait until it is ready."""
         number = len(self._operators)
         kubeconfig = self.folder / "operator.kubeconfig"
         self.server.user_kubeconfig(kubeconfig, self.user, groups_of(self.user))
         log, port = self.folder / f"operator-{number}.log", free_port()
         argv = ["--kubeconfig", str(kubeconfig), "--namespace", NAMESPACE, "--runner-image", "runner:1"]
+        # As in a Deployment: a process that follows another one has the same pod, a second replica another one.
+        pod = f"operator-{self.namespace}-{replica}"
         argv += ["--metrics-bind", "off", "--probes-bind", f"127.0.0.1:{port}", *flags]
         with log.open("wb") as file:
             process = await asyncio.create_subprocess_exec(
@@ -140,7 +142,7 @@ class World:
                 "-m",
                 "mlx_operator",
                 *argv,
-                env={**os.environ, "PYTHONPATH": python_path()},
+                env={**os.environ, "PYTHONPATH": python_path(), "POD_NAME": pod},
                 stdout=file,
                 stderr=file,
             )

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_operator.act.resources import INSTANCES, LEASES, PODS
 from mlx_operator_api.conditions import ConditionType
-from tests.apiserver.harness import World, again_in, condition, eventually, forget_leader
+from tests.apiserver.harness import World, again_in, condition, eventually
 from tests.cluster.deploy import NAMESPACE, RELEASE
 
 
@@ -40,7 +40,6 @@ async def test_the_group_converges_after_the_operator_is_killed_in(place: World,
 
     await place.until(reached, f"{phase} is reached")
     await first.kill()
-    await forget_leader(place.kube)  # its Lease would run out after 10 s: another test waits for that
     await (await place.operator()).leads()
     instance = await place.until_ready()
     await place.settled()
@@ -84,7 +83,7 @@ async def test_a_deletion_while_no_operator_runs_leaves_no_child(place: World) -
 
 async def test_a_second_operator_stands_by_and_takes_over(place: World) -> None:
     first = await place.operator()
-    second = await place.operator()
+    second = await place.operator(replica=1)
     await place.create()
     await place.until_ready()
     await place.settled()
@@ -105,7 +104,7 @@ async def test_the_lease_of_a_killed_operator_runs_out(place: World) -> None:
     before = await place.kube.get(LEASES, NAMESPACE, RELEASE)
     await first.kill()
     place.kubelet.kill_engine("tiny-0")
-    await (await place.operator()).leads()
+    await (await place.operator(replica=1)).leads()
     after = await place.kube.get(LEASES, NAMESPACE, RELEASE)
     assert after["spec"]["leaseTransitions"] == before["spec"]["leaseTransitions"] + 1
     await place.until(again_in(2), "Ready again in epoch 2")

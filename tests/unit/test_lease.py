@@ -67,6 +67,20 @@ async def test_a_silent_leader_is_replaced_after_the_duration_of_our_own_clock()
     assert TIMING.duration < loop.time() - began <= TIMING.duration + 2 * TIMING.retry
 
 
+async def test_a_restarted_container_need_not_wait_for_its_own_predecessor() -> None:
+    kube, loop = FakeKube(), asyncio.get_running_loop()
+
+    def process(pod: str, identity: str) -> Lease:
+        return Lease(kube, "system", "mlx-operator", identity, now=lambda: NOW, timing=TIMING, pod=pod)
+
+    before = await process("operator-1", "operator-1_aaaa").acquire()
+    began = loop.time()
+    assert await process("operator-1", "operator-1_bbbb").acquire() == before + 1
+    assert loop.time() == began
+    await process("operator", "operator_cccc").acquire()
+    assert loop.time() - began > TIMING.duration
+
+
 async def test_a_leader_that_renews_is_not_replaced() -> None:
     kube = FakeKube()
     first = candidate(kube, "a")
