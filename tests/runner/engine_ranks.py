@@ -70,6 +70,7 @@ class Rank:
         self.events: queue.Queue[channel.Event | None] = queue.Queue()
         self.seen: list[channel.Event] = []
         self.answers: dict[str, Answer] = {}
+        self.started: channel.Started
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -171,7 +172,7 @@ class Ranks:
         prefixes = self.prefixes or [()] * self.world_size
         self.ranks = [Rank(rank, self.directory, prefixes[rank]) for rank in range(self.world_size)]
         for rank in self.ranks:
-            rank.expect(channel.Started)
+            rank.started = rank.expect(channel.Started)
         return self
 
     def __getitem__(self, rank: int) -> Rank:

@@ -1,6 +1,7 @@
 """A group of engines gives, token for token, what one process of plain mlx-lm gives."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ import pytest
 from mlx_runner import channel
 from mlx_runner.progress import Phase
 
-from .conftest import LONG, PROMPTS, TOKENS, Reference
-from .engine_ranks import Ranks, generate, wait_until
+from . import tiny_models
+from .conftest import LONG, PROMPTS, TOKENS, Reference, plain_mlx_lm
+from .engine_ranks import OPENBLAS, Ranks, generate, running, wait_until
 
 GROUPS = [("single", "qwen2"), ("pipeline", "qwen2"), ("long_pipeline", "llama"), ("tensor", "qwen3")]
 
@@ -54,6 +56,19 @@ def test_requests_that_join_at_different_times_do_not_change_each_other(
         assert leader.answer(f"joining-{number}").tokens == until_eos(expected[number]), f"prompt {number}"
 
 
+def test_layers_with_a_sliding_window_answer_as_in_one_process(tmp_path: Path) -> None:
+    model = tiny_models.build(
+        tmp_path / "model", "llama", layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=16
+    )
+    expected = plain_mlx_lm(model, PROMPTS, TOKENS)
+    with running(tmp_path, 1) as ranks:
+        ranks.serve(model)
+        for number, prompt in enumerate(PROMPTS):
+            ranks[0].send(generate(f"sliding-{number}", prompt, TOKENS))
+        for number in range(len(PROMPTS)):
+            assert ranks[0].answer(f"sliding-{number}").tokens == until_eos(expected[number]), f"prompt {number}"
+
+
 def test_a_long_prompt_does_not_stop_the_answers_that_are_under_way(pipeline: Ranks) -> None:
     leader = pipeline[0]
     long = PROMPTS[LONG] * 2  # six chunks
@@ -93,6 +108,13 @@ def test_the_loaded_shards_share_the_layers_with_fewer_on_rank_0(long_pipeline: 
     assert layers == [["3-3"], ["2-2"], ["0-1"]]
     progress = [event for event in pipeline[0].seen if isinstance(event, channel.LayerLoaded)]
     assert [(event.loaded, event.total) for event in progress] == [(1, 2), (2, 2)]
+
+
+def test_an_engine_says_what_it_computes_with(single: Ranks) -> None:
+    started = single[0].started
+    assert started.device in ("cpu", "gpu")
+    assert started.blas == ("openblas" if OPENBLAS.exists() else "bundled")
+    assert started.pid == single[0].process.pid
 
 
 def test_steps_and_phases_are_in_shared_memory(served: tuple[Ranks, str]) -> None:

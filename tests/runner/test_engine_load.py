@@ -18,7 +18,7 @@ imports.import_all()
 
 import mlx.core as mx  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
-from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
+from mlx_lm.models.cache import ChunkedKVCache, make_prompt_cache  # noqa: E402
 
 from mlx_runner.engine import load as loading  # noqa: E402
 from mlx_runner.engine import pipeline  # noqa: E402
@@ -252,6 +252,13 @@ def test_what_cannot_be_run_is_unsupported_and_says_what_is(
     error = refused(model, rank, world_size)
     assert error.reason is Reason.MODEL_UNSUPPORTED
     assert words in error.message
+
+
+def test_a_cache_that_holds_one_request_only_is_unsupported(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "make_prompt_cache", lambda model: [ChunkedKVCache(8)])
+    error = refused(tiny("qwen2"))
+    assert error.reason is Reason.MODEL_UNSUPPORTED
+    assert "ChunkedKVCache, which cannot hold several requests" in error.message
 
 
 class Three:

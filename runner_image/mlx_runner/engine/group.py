@@ -103,10 +103,10 @@ class Former:
             message = f"cannot listen on {host}:{port}: {error.strerror or error}"
             raise EngineError(Reason.CONNECT_FAILED, message) from error
 
-    def announce(self) -> None:
-        """Say for whom this rank waits, if that changed."""
+    def announce(self, *also: int) -> None:
+        """Say for whom this rank waits (and for whom `also`), if that changed."""
         with self._changed:
-            self._announce()
+            self._announce(*also)
 
     def form(self) -> Group:
         """Connect to everybody.
@@ -154,8 +154,8 @@ class Former:
     def _waiting_for(self) -> tuple[int, ...]:
         return tuple(sorted({rank for rank, _ in self._missing}))
 
-    def _announce(self) -> None:
-        waiting = self._waiting_for()
+    def _announce(self, *also: int) -> None:
+        waiting = tuple(sorted({*self._waiting_for(), *also}))
         if waiting != self._told:
             self._told = waiting
             self._events.send(WaitingFor(ranks=waiting))

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes, dequantize_model, load_model
 
 from mlx_operator_api.conditions import Reason
@@ -54,6 +55,8 @@ def load(command: Load, group: Any, tell: Callable[[LayerLoaded], None]) -> Shar
     files = weights.inspect(Path(command.path))
     pipelined = command.world_size > 1 and command.sharding is Sharding.PIPELINE
     model, config, span = _read_lazily(files, command, pipelined=pipelined)
+    if not pipelined:
+        _check_caches(model)  # a pipeline has checked its own
     note = _convert(model)
     if group is not None:
         _shard(model, group)
@@ -133,6 +136,15 @@ def _compare(files: weights.Files, needed: dict[str, Any], given: dict[str, Any]
     if extra:
         message = f"the files hold {len(extra)} tensors that config.json knows nothing of, such as {extra[0]}"
         raise EngineError(Reason.MODEL_CORRUPT, message)
+
+
+def _check_caches(model: Any) -> None:
+    """Requests are computed together, so the caches of several must become one."""
+    single = {type(cache).__name__ for cache in make_prompt_cache(model) if not hasattr(cache, "merge")}
+    if single:
+        name = pipeline.architecture(type(model))
+        message = f"{name} keeps its state in a {', '.join(sorted(single))}, which cannot hold several requests"
+        raise EngineError(Reason.MODEL_UNSUPPORTED, message)
 
 
 def _convert(model: Any) -> str | None:

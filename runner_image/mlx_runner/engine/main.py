@@ -10,6 +10,7 @@ import queue
 import signal
 import socket
 import threading
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG = 1
 _RING_GRACE_SECONDS = 0.5
 """MLX's error on a lost ring names nobody; the threads that watch the sockets name the rank within this time."""
-_GOODBYE_SECONDS = 0.8
-"""A worker that its supervisor sends home waits this long for rank 0's own goodbye."""
 
 
 class Engine:
@@ -80,6 +79,8 @@ class Engine:
             threading.Event().wait(_RING_GRACE_SECONDS)
         if self.ending.leaving:
             self.ending.leave()
+        if not isinstance(error, failures.EngineError):
+            traceback.print_exception(error)  # for the pod's log
         failure = failures.describe(error, self._reason)
         if "[ring]" in str(error) and failure.reason is not Reason.CONNECT_FAILED:
             failure = failure.model_copy(update={"reason": Reason.PEER_LOST})

@@ -44,7 +44,10 @@ def form(connect: Connect, on_lost: Callable[[int, str], None]) -> Any:
         try:
             group = mx.distributed.init(backend="ring", strict=True)
         except RuntimeError as error:
-            raise EngineError(Reason.CONNECT_FAILED, str(error).strip().split("\n")[0]) from error
+            first = str(error).strip().split("\n")[0]
+            right = connect.peers[neighbours(connect)[1]]
+            message = f"{first}; the right neighbour is rank {right.rank} at {right.pod_ip}:{ring_port(connect.epoch)}"
+            raise EngineError(Reason.CONNECT_FAILED, message) from error
     _watch(connect, _sockets() - before, on_lost)
     return group
 
@@ -53,6 +56,11 @@ def hosts(connect: Connect) -> list[list[str]]:
     """MLX's host file: this rank listens on its own address, the others are found by theirs."""
     port = ring_port(connect.epoch)
     return [[f"{connect.listen_host if peer.rank == connect.rank else peer.pod_ip}:{port}"] for peer in connect.peers]
+
+
+def neighbours(connect: Connect) -> tuple[int, int]:
+    """The ranks to the left, which dials this one, and to the right, which this one dials."""
+    return (connect.rank - 1) % connect.world_size, (connect.rank + 1) % connect.world_size
 
 
 def _sockets() -> set[int]:
@@ -87,7 +95,7 @@ def _watch(connect: Connect, descriptors: set[int], on_lost: Callable[[int, str]
             continue
         tune(duplicate)
         accepted = duplicate.getsockname()[1] == port
-        neighbour = (connect.rank + (-1 if accepted else 1)) % connect.world_size
+        neighbour = neighbours(connect)[0 if accepted else 1]
         peers[duplicate.fileno()] = (duplicate, neighbour)
         poll.register(duplicate, _GONE)
 

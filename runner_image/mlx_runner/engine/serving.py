@@ -73,10 +73,12 @@ def connect(command: channel.Connect, process: Process) -> Formed:
     progress, ending = process.progress, process.ending
     former = Former(command, process.events, ending.lose)
     former.listen()
-    former.announce()
     progress.write(Phase.WAITING)
-    # The ring first: rank n-1 is told to connect only once the others' ring ports listen.
-    tensor = ring.form(command, ending.lose) if command.sharding is Sharding.TENSOR else None
+    tensor = None
+    if command.sharding is Sharding.TENSOR:
+        # The ring first: rank n-1 is told to connect only once the others' ring ports listen.
+        former.announce(*ring.neighbours(command))
+        tensor = ring.form(command, ending.lose)
     formed = Formed(former.form(), tensor)
     group = formed.group
 
