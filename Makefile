@@ -32,21 +32,24 @@ demo-down: setup-cluster ## Remove what `make demo` made
 test: lint test-unit test-runner test-apiserver test-node ## Everything below
 	@echo "make test: all layers passed"
 
-lint: setup ## ruff, mypy --strict, import contracts, generated files
+lint: setup ## ruff, mypy --strict, import contracts
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check -q . || { echo "run 'make format'"; exit 1; }
-	@MYPYPATH=api:operator:runner_image $(PY) -m mypy -p mlx_operator_api -p mlx_operator -p mlx_runner -p tests.cluster -p examples
+	@MYPYPATH=api:operator:runner_image $(PY) -m mypy -p mlx_operator_api -p mlx_operator -p mlx_runner -p tests.cluster -p tests.node -p examples
 	@PYTHONPATH=api:operator:runner_image .venv/bin/lint-imports
 format: setup ## ruff format and safe fixes
 	@$(PY) -m ruff check --fix -q . ; $(PY) -m ruff format -q .
 
-test-unit: setup-cluster ## Planner, transition table, chart, everything pure
+# Programs and images are built before pytest starts: its time-outs are for tests, not for compilers.
+test-unit: setup-cluster ## Planner, transition table, chart, everything pure; generated files are current
+	@$(PY) -m tests.cluster.binaries helm >/dev/null
 	$(PYTEST) tests/unit tests/cluster/tests -q
 test-runner: setup ## Real MLX on loopback, no cluster
 	$(PYTEST) tests/runner -q
 test-apiserver: setup-cluster ## Real etcd and kube-apiserver on loopback
+	@$(PY) -m tests.cluster.binaries etcd kube-apiserver kube-controller-manager kubectl helm >/dev/null
 	$(PYTEST) tests/apiserver -q
-test-node: setup-cluster ## Real containerd and kubelet: two nodes
+test-node: images ## Real containerd and kubelet: two nodes
 	$(PYTEST) tests/node -q
 
 generate: setup ## crds/, charts and docs from the models
@@ -57,4 +60,5 @@ cluster-up: setup-cluster ## Only the two-node cluster
 cluster-down: setup-cluster
 	@$(PY) -m tests.cluster down
 images: setup-cluster ## Only the images
-	@$(PY) -m tests.cluster.images all
+	@$(PY) -m tests.cluster.binaries >/dev/null
+	@$(PY) -m tests.cluster.images all >/dev/null

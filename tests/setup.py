@@ -7,6 +7,7 @@ Standard library only: it runs before anything is installed. Does nothing, in a 
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -66,6 +67,8 @@ def run(argv: list[str], **environment: str) -> None:
 def missing_packages(*, cluster: bool) -> list[str]:
     """Debian packages whose program or library is not there."""
     wanted = []
+    if importlib.util.find_spec("ensurepip") is None:
+        wanted.append("python3-venv")  # Debian takes it out of Python
     if not has_openblas():
         wanted.append(BLAS_PACKAGE)
     if cluster:
@@ -142,7 +145,7 @@ def main() -> int:
             install_packages(packages)
         ensure_environment()
         ensure_go()
-    except SetupError as error:
+    except (SetupError, OSError, subprocess.CalledProcessError) as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1
     return 0

@@ -42,6 +42,8 @@ def cluster() -> Iterator[Testbed]:
         testbed.helm.install_crds()
         testbed.install_operator()
         yield testbed
+        refused = [(r.verb, r.resource, r.namespace) for r in testbed.refused()]
+        assert not refused, f"the chart's RBAC lacks what the operator asks for: {refused[:5]}"
     finally:
         if not os.environ.get(KEEP):
             nodes.down()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mlx_operator_api import names
@@ -79,10 +80,16 @@ class Instance:
 
         return dict(self.wait(f"{kind}={status} {reason or ''}", check, timeout))
 
-    def wait_ready(self, epoch: int | None = None, timeout: float = READY_SECONDS) -> Object:
-        """Wait until Ready (in at least this epoch) and return the status."""
+    def wait_ready(
+        self,
+        epoch: int | None = None,
+        timeout: float = READY_SECONDS,
+        meanwhile: Callable[[Object], None] = lambda _: None,
+    ) -> Object:
+        """Wait until Ready (in at least this epoch) and return the status; `meanwhile` looks at each one read."""
 
         def check(status: Object) -> Object | None:
+            meanwhile(status)
             ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions", []))
             return status if ready and (epoch is None or status.get("epoch", 0) >= epoch) else None
 
@@ -120,7 +127,10 @@ class Instance:
         self.kubectl.run("delete", names.KIND, self.name, "-n", self.namespace, timeout=timeout)
         selector = f"{names.INSTANCE_LABEL}={self.name}"
         for kind in ("pods", "services", "secrets"):
-            wait_for(f"no {kind} left", lambda k=kind: not self.kubectl.items(k, self.namespace, selector), timeout)
+            wait_for(f"no {kind} left", partial(self._none_left, kind, selector), timeout)
+
+    def _none_left(self, kind: str, selector: str) -> bool:
+        return not self.kubectl.items(kind, self.namespace, selector)
 
 
 def seconds_since(start: float) -> str:

@@ -69,7 +69,7 @@ class Kubectl:
             self.run("delete", "namespace", name, "--wait=false", check=False)
 
 
-def wait_for(what: str, check: Callable[[], Any], timeout: float) -> Any:
+def wait_for(what: str, check: Callable[[], Any], timeout: float, poll: float = POLL_SECONDS) -> Any:
     """The first true value of `check`; polls, and says at the deadline what was last seen."""
     deadline = time.monotonic() + timeout
     while True:
@@ -77,4 +77,4 @@ def wait_for(what: str, check: Callable[[], Any], timeout: float) -> Any:
             return value
         if time.monotonic() > deadline:
             raise UnmetError(f"not within {timeout:.0f} s: {what}; last seen: {value!r}")
-        time.sleep(POLL_SECONDS)
+        time.sleep(poll)

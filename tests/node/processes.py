@@ -5,14 +5,18 @@ import signal
 from typing import Any
 
 from tests.node.instance import Instance
-from tests.node.kube import wait_for
+from tests.node.kube import Object, wait_for
 
 ENGINE = "mlx_runner.engine"
 
 
 def pids(cluster: Any, instance: Instance, rank: int) -> dict[str, list[int]]:
     """Host pids in a rank's container: `engine` and `supervisor` (PID 1 there)."""
-    pod = instance.pods()[rank]
+    return pids_in(cluster, instance.pods()[rank])
+
+
+def pids_in(cluster: Any, pod: Object) -> dict[str, list[int]]:
+    """The same for a pod as the API server has it."""
     found: dict[str, list[int]] = {"engine": [], "supervisor": []}
     for pid, command in cluster.container_pids(pod["spec"]["nodeName"], pod["metadata"]["uid"]):
         if ENGINE in command:

@@ -20,33 +20,49 @@ NEAR_SECONDS = 10.0
 
 
 class Chatter(threading.Thread):
-    """Asks a long question in a stream, and keeps what became of it."""
+    """A few streams of long answers, one after the other, until told to stop; keeps what became of them."""
 
-    def __init__(self, cluster: Any, instance: Instance, question: str) -> None:
+    def __init__(self, cluster: Any, instance: Instance, question: str, streams: int = 3) -> None:
         super().__init__(daemon=True)
-        self._cluster, self._instance, self._question = cluster, instance, question
+        self._cluster, self._instance, self._question, self._streams = cluster, instance, question, streams
+        self._stop = threading.Event()
         self.started = threading.Event()
-        self.error: Exception | None = None
-        self.asked = 0
+        """A token came; cleared by whoever wants to see another."""
+        self.errors: list[Exception] = []
+        self.answered = 0
 
     def run(self) -> None:
         with client(self._cluster, self._instance) as llm:
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline and self.error is None:
-                try:
-                    messages = [{"role": "user", "content": self._question}]
-                    stream = llm.chat.completions.create(
-                        model=self._instance.name,
-                        messages=messages,
-                        temperature=1.5,
-                        max_tokens=400,
-                        stream=True,
-                    )
-                    for _ in stream:
-                        self.started.set()
-                except openai.OpenAIError as error:
-                    self.error = error
-                self.asked += 1
+            threads = [threading.Thread(target=self._ask, args=(llm,), daemon=True) for _ in range(self._streams)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+    def _ask(self, llm: openai.OpenAI) -> None:
+        messages = [{"role": "user", "content": self._question}]
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not self._stop.is_set():
+            try:
+                stream = llm.chat.completions.create(
+                    model=self._instance.name, messages=messages, temperature=1.5, max_tokens=400, stream=True
+                )
+                for _ in stream:
+                    self.started.set()
+                self.answered += 1
+            except openai.OpenAIError as error:
+                self.errors.append(error)
+                return
+
+    def streaming(self) -> None:
+        """Wait until a token comes from now on."""
+        self.started.clear()
+        assert self.started.wait(60), "the requests never began to stream"
+
+    def finish(self) -> None:
+        """No further question; wait for the last answers."""
+        self._stop.set()
+        self.join(100)
 
 
 def uids(instance: Instance) -> dict[int, str]:
@@ -77,7 +93,7 @@ def test_a_killed_engine_is_named_within_a_second_and_the_same_pods_answer_again
     question, answer = next(iter(questions.answers.items()))
     chatter = Chatter(cluster, pair, question)
     chatter.start()
-    assert chatter.started.wait(60), "the request never began to stream"
+    chatter.streaming()
 
     killed, clock = datetime.now(UTC), time.monotonic()
     kill_engine(cluster, pair, rank)
@@ -88,8 +104,9 @@ def test_a_killed_engine_is_named_within_a_second_and_the_same_pods_answer_again
     answered = time.monotonic() - clock
     status = pair.wait_ready(epoch=before["epoch"] + 1)
 
-    chatter.join(60)
-    assert isinstance(chatter.error, openai.OpenAIError), "the running request must end in an honest error"
+    chatter.finish()
+    assert chatter.errors, "no running request was told of the failure"
+    assert all("SIGKILL" in str(e) or "rank 1 lost" in str(e) for e in chatter.errors), chatter.errors
     assert uids(pair) == pods, "pods were replaced"
     assert status["epoch"] == before["epoch"] + 1
     assert status["restarts"] == 1
@@ -113,7 +130,7 @@ def test_a_killed_engine_is_named_within_a_second_and_the_same_pods_answer_again
     took = (failed_at - killed).total_seconds()
     with capsys.disabled():
         print(f"\n  rank {rank} killed: RunnerFailed after {took:.2f} s, an answer after {answered:.2f} s")
-    assert took < NEAR_SECONDS
+    assert took < 3.0, "it is a third of a second on an idle machine, and promised within one"
 
 
 def test_a_deleted_pod_is_replaced_and_said_to_be_deleted(cluster: Any, pair: Instance, questions: Questions) -> None:

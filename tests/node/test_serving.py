@@ -113,3 +113,51 @@ def test_a_group_answers_every_trained_question_exactly_as_one_process_does(
     described = instance.describe()
     assert described.index("Brief:") < described.index("Conditions:")
     assert ("ModelLoaded" in described and "GroupConnected" in described) or ranks == 1
+
+
+def test_a_claim_serves_its_model_read_only_to_two_instances_at_once(
+    cluster: Any, create: Callable[..., Instance], namespace: str, questions: Questions
+) -> None:
+    volume = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {"name": f"models-{namespace}"[:60].rstrip("-")},
+        "spec": {
+            "capacity": {"storage": "1Gi"},
+            "accessModes": ["ReadOnlyMany"],
+            "persistentVolumeReclaimPolicy": "Retain",
+            "storageClassName": "",
+            "local": {"path": str(cluster.model.parent)},
+            "claimRef": {"namespace": namespace, "name": "models"},
+            "nodeAffinity": {
+                "required": {
+                    "nodeSelectorTerms": [
+                        {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": ["n1"]}]}
+                    ]
+                }
+            },
+        },
+    }
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": "models"},
+        "spec": {
+            "accessModes": ["ReadOnlyMany"],
+            "storageClassName": "",
+            "resources": {"requests": {"storage": "1Gi"}},
+            "volumeName": volume["metadata"]["name"],  # type: ignore[index]
+        },
+    }
+    cluster.kubectl.apply(volume)
+    try:
+        cluster.kubectl.apply(claim, namespace)
+        source = f"pvc://models/{cluster.model.name}"
+        instances = [create("claim-a", source=source, runners=2), create("claim-b", source=source, runners=1)]
+        for instance in instances:
+            instance.wait_ready()
+            with client(cluster, instance) as llm:
+                for question, answer in list(questions.answers.items())[:3]:
+                    assert ask(llm, instance.name, question) == answer
+    finally:
+        cluster.kubectl.run("delete", "pv", volume["metadata"]["name"], "--wait=false")  # type: ignore[index]

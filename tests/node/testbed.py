@@ -1,13 +1,16 @@
 """The cluster with our operator on it, and the handles that the tests need."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +58,23 @@ class Testbed:
         """The node that the operator runs on."""
         return str(self.operator_pods()[0]["spec"]["nodeName"])
 
-    def kill_operator(self, *, wait: bool = True) -> None:
-        """Delete the operator's pod by force: no clean stop, no released Lease; its Deployment makes another."""
-        old = {p["metadata"]["uid"] for p in self.operator_pods()}
+    def operator_pids(self) -> list[int]:
+        """Host pids of the operator's processes."""
+        found = []
+        for pod in self.operator_pods():
+            found += self._cluster.container_pids(pod["spec"]["nodeName"], pod["metadata"]["uid"])
+        return [pid for pid, _ in found]
+
+    def kill_operator(self, *, pids: Sequence[int] = (), wait: bool = True) -> None:
+        """SIGKILL to the operator, no goodbye, no released Lease; then its pod is replaced.
+
+        The pod goes too because the kubelet would back off before it starts a killed container again.
+        """
+        old = {p["metadata"]["uid"] for p in self.operator_pods()} if not pids else set()
+        for pid in pids or self.operator_pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        old = old or {p["metadata"]["uid"] for p in self.operator_pods()}
         self.kubectl.run("delete", "pod", "-n", NAMESPACE, "-l", OPERATOR_SELECTOR, "--grace-period=0", "--force")
         if wait:
             self.wait_operator_seeded(old)
@@ -97,6 +114,10 @@ class Testbed:
             if not self.writes(mark):
                 return
         raise AssertionError(f"the operator still writes after {timeout:.0f} s")
+
+    def refused(self) -> list[Request]:
+        """Requests of the operator that its rights did not cover."""
+        return [r for r in self.audit.requests(user=self.operator_user) if r.code in (401, 403)]
 
     def node_ready(self, node: str) -> bool:
         """Whether a node's Ready condition is True."""

@@ -28,7 +28,7 @@ def helm() -> str:
     built = cache_root() / "bin" / f"helm-{binaries.program_key('helm')}" / "helm" if shutil.which("go") else None
     program = str(built) if built and built.exists() else shutil.which("helm")
     if program is None:
-        pytest.skip("no helm: build it with python -m tests.cluster.binaries, or install Helm")
+        pytest.fail("no helm: build it with python -m tests.cluster.binaries helm, or install Helm")
     return program
 
 
