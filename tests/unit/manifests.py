@@ -25,14 +25,17 @@ def pod(
     *,
     name: str = "tiny",
     uid: str | None = None,
+    owner: str | None = UID,
     ip: str | None = "127.0.0.9",
     **more: Any,
 ) -> dict[str, Any]:
-    """A pod of a rank; with an `ip` its container runs."""
+    """A pod of a rank, controlled by the instance `owner`; with an `ip` its container runs."""
     labels = {names.INSTANCE_LABEL: name, names.INSTANCE_UID_LABEL: UID, names.RANK_LABEL: str(rank)}
     metadata: dict[str, Any] = {"name": names.pod_name(name, rank), "namespace": "default"}
     metadata |= {"uid": uid or f"pod-{rank}", "resourceVersion": str(version), "labels": labels}
     metadata |= {"creationTimestamp": "2026-11-23T14:59:00Z", "managedFields": [{"manager": "x"}]}
+    if owner:
+        metadata["ownerReferences"] = [{"kind": names.KIND, "name": name, "uid": owner, "controller": True}]
     state = {"running": {}} if ip else {"waiting": {"reason": "ContainerCreating"}}
     status: dict[str, Any] = {"phase": "Running" if ip else "Pending"}
     status["containerStatuses"] = [{"name": names.CONTAINER, "state": state}]

@@ -319,6 +319,14 @@ async def test_a_hanging_task_keeps_no_status_from_being_written(scene: Scene) -
     assert len(scene.runner.sent) == 1
 
 
+async def test_no_task_and_no_token_goes_to_a_pod_that_the_instance_does_not_control(scene: Scene) -> None:
+    scene.store.put(PODS, pod(owner="another-uid"))
+    scene.plans = [Plan(Status(epoch=1), (LOAD,))]
+    await scene.reconcile()
+    await asyncio.sleep(10)
+    assert scene.runner.sent == []
+
+
 async def test_the_answer_to_a_task_is_observed_and_planned_again(scene: Scene) -> None:
     scene.store.put(PODS, pod())
     scene.plans = [Plan(Status(epoch=1), (LOAD,))]

@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 import pytest
 
-from mlx_operator.act.resources import PODS
+from mlx_operator.act.resources import INSTANCES, PODS
 from mlx_operator.act.runner import RunnerError, RunnerPort
 from mlx_operator.decide.observed import RunnerView
 from mlx_operator.metrics import Metrics
@@ -18,7 +19,7 @@ from mlx_operator.observe.shelf import Key
 from mlx_operator.observe.store import Store
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.tasks import RunnerReport
-from tests.unit.manifests import NOW, SETTINGS, pod, report
+from tests.unit.manifests import NOW, SETTINGS, UID, instance, pod, report
 
 pytestmark = [pytest.mark.looptime, pytest.mark.timeout(30)]
 
@@ -66,6 +67,7 @@ class Scene:
             metrics=Metrics(),
         )
         self.store.pod_changed = self.streams.pod_changed
+        self.store.put(INSTANCES, instance())
 
     def _changed(self, key: Key, urgency: Urgency) -> None:
         assert key == Key("default", "tiny")
@@ -74,6 +76,10 @@ class Scene:
     @property
     def view(self) -> RunnerView:
         return self.store.view("pod-0")
+
+
+def in_namespace(namespace: str, item: dict[str, Any]) -> dict[str, Any]:
+    return {**item, "metadata": {**item["metadata"], "namespace": namespace}}
 
 
 @pytest.fixture
@@ -97,6 +103,35 @@ async def test_a_pod_that_does_not_run_is_not_dialled(scene: Scene) -> None:
     scene.store.put(PODS, pod(ip=None))
     await asyncio.sleep(10)
     assert scene.runner.dialled == []
+
+
+async def test_a_pod_of_another_namespace_with_the_label_of_an_instance_is_not_dialled(scene: Scene) -> None:
+    scene.store.put(PODS, in_namespace("attacker", pod()))
+    scene.store.put(INSTANCES, in_namespace("attacker", instance(uid="their-own")))
+    await asyncio.sleep(10)
+    assert scene.runner.dialled == []
+
+
+@pytest.mark.parametrize("owner", [None, "their-own"])
+async def test_a_pod_that_the_instance_does_not_control_is_not_dialled(scene: Scene, owner: str | None) -> None:
+    scene.store.put(PODS, pod(owner=owner))
+    await asyncio.sleep(10)
+    assert scene.runner.dialled == []
+
+
+async def test_a_pod_whose_instance_becomes_known_later_is_dialled_then_and_left_when_it_goes(scene: Scene) -> None:
+    scene.store.remove(INSTANCES, UID, "1")
+    scene.store.put(PODS, pod())
+    await asyncio.sleep(10)
+    assert scene.runner.dialled == []
+    scene.store.put(INSTANCES, instance(version=2))
+    scene.runner.say(report())
+    await asyncio.sleep(0.1)
+    assert scene.view.connected
+    scene.store.remove(INSTANCES, UID, "3")
+    await asyncio.sleep(10)
+    assert not scene.view.connected
+    assert len(scene.runner.dialled) == 1
 
 
 async def test_heartbeats_concern_nobody(scene: Scene) -> None:

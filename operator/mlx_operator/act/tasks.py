@@ -89,6 +89,10 @@ class TaskSender:
         request = action.request
         about: dict[str, Any] = {"instance": key, "epoch": request.epoch, "rank": request.rank, "pod": action.pod}
         task = request.task.name
+        if self._store.owner(action.pod_uid) != request.instance_uid:  # it would be given the instance's token
+            decision(f"{task} not sent: the pod is not the instance's", level=logging.WARNING, **about)
+            self._back_off(action.pod_uid)
+            return
         try:
             answer = await self._port.send(action.pod_ip, self._token_of(request.instance_uid), request)
         except RunnerError as error:

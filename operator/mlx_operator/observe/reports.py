@@ -58,7 +58,9 @@ class ReportStreams:
     def pod_changed(self, uid: str) -> None:
         """Start, hurry or end the stream of a pod."""
         if address(self._store.pod(uid)) is None:
-            self._end(uid)
+            self._end(uid, "the container does not run")
+        elif self._store.owner(uid) is None:
+            self._end(uid, "the pod belongs to no ModelInstance that is known")
         elif uid in self._tasks:
             self._wake[uid].set()
         else:
@@ -75,12 +77,12 @@ class ReportStreams:
         self._tasks.clear()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _end(self, uid: str) -> None:
+    def _end(self, uid: str, why: str) -> None:
         task = self._tasks.pop(uid, None)
         self._wake.pop(uid, None)
         if task is not None:
             task.cancel()
-            self._lost(uid, "the container does not run")
+            self._lost(uid, why)
 
     def _ended(self, uid: str, task: asyncio.Task[None]) -> None:
         if self._tasks.get(uid) is task:
@@ -91,9 +93,8 @@ class ReportStreams:
 
     async def _follow(self, uid: str) -> None:
         delay = FIRST_RETRY_SECONDS
-        while (pod := self._store.pod(uid)) is not None and (ip := address(pod)) is not None:
-            token = self._token_of((pod["metadata"].get("labels") or {}).get(names.INSTANCE_UID_LABEL, ""))
-            why = await self._read(uid, ip, token)
+        while (ip := address(self._store.pod(uid))) is not None and (owner := self._store.owner(uid)) is not None:
+            why = await self._read(uid, ip, self._token_of(owner))
             delay = FIRST_RETRY_SECONDS if self._store.view(uid).connected else delay
             self._lost(uid, why)
             self._wake[uid].clear()

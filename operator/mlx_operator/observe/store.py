@@ -42,7 +42,7 @@ class Store:
         self._nodes: dict[str, NodeView] = {}
         self._notes: dict[str, PodNotes] = {}
         self.pod_changed: Callable[[str], None] = lambda _uid: None
-        """Called with the uid of each pod that came, changed or went."""
+        """Called with the uid of each pod that came, changed or went, and when its instance came or went."""
 
     def put(self, resource: Resource, item: Manifest) -> Keys:
         """Keep an object; returns the instances it concerns, none when it brings nothing new."""
@@ -56,6 +56,8 @@ class Store:
         if resource is PODS:
             self._notes.setdefault(kept["metadata"]["uid"], PodNotes())
             self.pod_changed(kept["metadata"]["uid"])
+        if resource is INSTANCES and before is None:
+            self._owner_changed(kept)
         return _keys(resource, before) | _keys(resource, kept)
 
     def remove(self, resource: Resource, uid: str, version: str) -> Keys:
@@ -68,6 +70,8 @@ class Store:
         if resource is PODS:
             self._notes.pop(uid, None)
             self.pod_changed(uid)
+        if resource is INSTANCES:
+            self._owner_changed(known)
         return _keys(resource, known)
 
     def replace(self, resource: Resource, items: list[dict[str, Any]], version: str, namespace: str | None) -> Keys:
@@ -90,6 +94,22 @@ class Store:
     def pods(self) -> list[Manifest]:
         """All pods."""
         return self._shelves[PODS].values()
+
+    def owner(self, pod_uid: str) -> str | None:
+        """The uid of the ModelInstance whose pod this really is, or None.
+
+        Labels are anybody's who may create a pod. What counts is an instance that we know, in the pod's own namespace,
+        as its controller; the token of an instance goes to no other pod.
+        """
+        pod = self.pod(pod_uid)
+        key = _labelled(pod) if pod is not None else None
+        if pod is None or key is None:
+            return None
+        known = {item["metadata"]["uid"] for item in self._shelves[INSTANCES].of(key)}
+        owners = pod["metadata"].get("ownerReferences") or ()
+        uid = next((owner.get("uid") for owner in owners if owner.get("controller")), None)
+        label = (pod["metadata"].get("labels") or {}).get(names.INSTANCE_UID_LABEL)
+        return uid if uid in known and uid == label else None
 
     def instance(self, key: Key) -> Manifest | None:
         """A ModelInstance; the newest where a deleted namesake was not seen to go yet."""
@@ -149,6 +169,10 @@ class Store:
             refusals=self.refusals.of(key),
             pod_events={uid: notes for uid in uids if (notes := self.warnings(uid))},
         )
+
+    def _owner_changed(self, instance: Manifest) -> None:
+        for pod in self._shelves[PODS].of(_named(instance)):
+            self.pod_changed(pod["metadata"]["uid"])
 
     def _node_changed(self, name: str, view: NodeView | None) -> Keys:
         if self._nodes.get(name) == view:  # a node's heartbeat concerns nobody
