@@ -47,7 +47,7 @@ class Model(Lenient):
     source: ModelSource
     """Where the weights come from: `hf://ORG/NAME[@REV]`, `pvc://CLAIM/PATH` or `oci://IMAGE` (an image volume)."""
     credentials_secret_ref: LocalReference | None = None
-    """Secret with the key `token`, for a private or gated repository."""
+    """Secret with the key `token`, for a private or gated `hf://` repository. No effect with pvc:// and oci://."""
     served_name: ServedName | None = None
     """The name clients put into `model`. Default: metadata.name."""
 
@@ -193,6 +193,11 @@ class Cache(Lenient):
     """Size limit of the emptyDir; not together with claimName."""
 
 
+def _refused(remedy: str) -> dict[str, Any]:
+    """A field of a later release. Accepted and ignored, it would promise what nobody keeps."""
+    return cel(rule="false", message=f"not supported by this release: {remedy}")
+
+
 class Serving(Lenient):
     """Limits of the public API."""
 
@@ -204,10 +209,16 @@ class Serving(Lenient):
     """Upper bound, and default, of max_tokens of one request. Default: what fits into the context."""
     context_length: Annotated[int | None, Field(ge=1, le=100_000_000)] = None
     """Tokens of prompt and answer together. Default: the model's own."""
-    prompt_cache_bytes: Annotated[int | None, Field(ge=0, json_schema_extra={"format": "int64"})] = None
-    """Memory for reusing prompts. Not used by this release."""
-    api_key_secret_ref: LocalReference | None = None
-    """Secret whose key `apiKey` clients must send as a bearer token. Not used by this release."""
+    prompt_cache_bytes: Annotated[
+        int | None,
+        Field(ge=0, json_schema_extra={"format": "int64", **_refused("remove it, no memory is kept for prompts")}),
+    ] = None
+    """Memory for reusing prompts. Not supported by this release."""
+    api_key_secret_ref: Annotated[
+        LocalReference | None,
+        Field(json_schema_extra=_refused("remove it and keep the Service behind a NetworkPolicy or gateway")),
+    ] = None
+    """Secret whose key `apiKey` clients must send as a bearer token. Not supported by this release."""
 
     def options(self) -> ServingOptions:
         """With defaults, as the runner gets them."""
