@@ -1,7 +1,10 @@
 """What an engine reports, and how it ends, when its group breaks or ends."""
 
+import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +13,21 @@ import pytest
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.tasks import Sharding
 from mlx_runner import channel
+from mlx_runner.progress import Progress
 
 from . import tiny_models
 from .conftest import PROMPTS
-from .engine_ranks import Rank, Ranks, UnexpectedError, address, generate, running, wait_listening
+from .engine_ranks import (
+    Rank,
+    Ranks,
+    UnexpectedError,
+    address,
+    environment,
+    generate,
+    running,
+    wait_listening,
+    wait_until,
+)
 
 Tiny = Callable[[str], Path]
 NOTICED = 10.0
@@ -61,6 +75,41 @@ def test_an_engine_whose_supervisor_is_gone_ends_itself(tmp_path: Path, tiny: Ti
         ranks[0].expect(channel.Delta)
         ranks[0].hang_up()
         assert ranks[0].exit_code() == channel.FAILURE_EXIT_CODE
+
+
+PARENT = """
+import os, socket, subprocess, sys
+ours, theirs = socket.socketpair()
+environment = {**os.environ, "MLX_RUNNER_CHANNEL_FD": str(theirs.fileno())}
+engine = subprocess.Popen([sys.executable, "-m", "mlx_runner.engine"], env=environment, pass_fds=[theirs.fileno()])
+ours.recv(1)
+print(engine.pid, flush=True)
+engine.wait()
+"""
+
+
+def test_a_stopped_engine_does_not_outlive_its_supervisor(tmp_path: Path) -> None:
+    page = tmp_path / "progress"
+    Progress(page, create=True).close()
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT],
+        env={**environment(), channel.PROGRESS_VARIABLE: str(page)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        os.kill(pid, signal.SIGSTOP)
+        parent.kill()
+    # A stopped process reads no end of file: only the kernel can end it.
+    wait_until(lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid), 10, f"process {pid} is gone")
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def test_a_damaged_file_is_named_and_the_engine_ends(tmp_path: Path, tiny: Tiny) -> None:
