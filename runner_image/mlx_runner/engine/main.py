@@ -75,6 +75,13 @@ class Engine:
 
     def crash(self, error: BaseException) -> None:
         """Report an exception and end."""
+        try:
+            self._report(error)
+        finally:
+            # Whatever went wrong with the report itself: an engine that lives on would be waited for.
+            os._exit(channel.FAILURE_EXIT_CODE)
+
+    def _report(self, error: BaseException) -> None:
         if "[ring]" in str(error) and not self.ending.leaving:
             threading.Event().wait(_RING_GRACE_SECONDS)
         if self.ending.leaving:
