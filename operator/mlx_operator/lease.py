@@ -3,12 +3,13 @@
 A candidate takes over a Lease that its holder gave back, or that did not change for its duration by our own
 monotonic clock (clocks of other machines are never trusted). A leader that could not renew for the renew deadline has
 lost, also while a request hangs. Each new leadership counts `leaseTransitions` up; the runners refuse tasks of a
-lower count. A new Lease therefore begins above every earlier one: at the seconds since 2024.
+lower count. Each therefore counts at least the seconds since 2024, which is above that of a deleted Lease and above
+that of an operator that ran without one.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -33,7 +34,7 @@ _EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
 
 
 def first_transitions(now: datetime) -> int:
-    """`leaseTransitions` of a new Lease: above those of a deleted one, which grew slower than the clock (an int32)."""
+    """The least `leaseTransitions` of a leadership that begins now: earlier ones grew slower than the clock (int32)."""
     return int((now - _EPOCH).total_seconds())
 
 
@@ -67,6 +68,8 @@ class Lease:
         self._pod = pod
         self._lease: Manifest | None = None
         self._seen: tuple[str, float] = ("", 0.0)
+        self._renewed = 0.0
+        """When the request began by which we hold it: that is what the others may go by."""
         self.readable = False
         """The last try to read the Lease succeeded: a standby that could take over."""
 
@@ -91,7 +94,7 @@ class Lease:
                 held_by = ""
                 decision("the Lease cannot be taken", level=logging.WARNING, error=error)
             if held_by == self._identity and self._lease is not None:
-                transitions = int(self._lease["spec"]["leaseTransitions"])
+                transitions = _transitions(self._lease)
                 decision("leading", identity=self._identity, lease_transitions=transitions)
                 return transitions
             if held_by != told:
@@ -105,11 +108,10 @@ class Lease:
         The deadline is a timer of the event loop: it comes due although a request hangs.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.call_later(self._timing.renew_deadline, lost, self._too_late())
+        deadline = loop.call_at(self._renewed + self._timing.renew_deadline, lost, self._too_late())
         try:
             while True:
                 await asyncio.sleep(self._timing.retry)
-                began = loop.time()
                 try:
                     await self._renew()
                 except KubeError as error:
@@ -120,8 +122,7 @@ class Lease:
                         return
                     continue
                 deadline.cancel()
-                # From before the request: that is what the others may go by.
-                deadline = loop.call_at(began + self._timing.renew_deadline, lost, self._too_late())
+                deadline = loop.call_at(self._renewed + self._timing.renew_deadline, lost, self._too_late())
         finally:
             deadline.cancel()
 
@@ -129,7 +130,7 @@ class Lease:
         """Give the Lease back, so that a standby need not wait; best effort."""
         if self._lease is None:
             return
-        spec = {**self._lease["spec"], "holderIdentity": "", "renewTime": self._stamp(), "leaseDurationSeconds": 1}
+        spec = {**_spec(self._lease), "holderIdentity": "", "renewTime": self._stamp(), "leaseDurationSeconds": 1}
         try:
             await self._put(spec)
             decision("lease released", identity=self._identity)
@@ -145,10 +146,12 @@ class Lease:
                 raise
             return await self._first()
         self._lease = lease
-        holder = str(lease.get("spec", {}).get("holderIdentity") or "")
+        holder = _holder(lease)
         if holder and not self._predecessor(holder) and not self._expired(lease):
             return holder
-        transitions = int(lease["spec"].get("leaseTransitions") or 0) + 1
+        transitions = max(_transitions(lease) + 1, first_transitions(self._now()))
+        # Also of a request that is not answered: the Lease may show later that it was carried out.
+        self._renewed = asyncio.get_running_loop().time()
         try:
             await self._put(self._spec(transitions))
         except KubeError as error:
@@ -164,6 +167,7 @@ class Lease:
             "metadata": {"name": self._name, "namespace": self._namespace},
             "spec": self._spec(first_transitions(self._now())),
         }
+        self._renewed = asyncio.get_running_loop().time()
         try:
             self._lease = await self._kube.create(LEASES, self._namespace, body, seconds=self._timing.request)
         except KubeError as error:
@@ -179,12 +183,13 @@ class Lease:
         version, now = lease["metadata"]["resourceVersion"], asyncio.get_running_loop().time()
         if self._seen[0] != version:
             self._seen = (version, now)
-        duration = float(lease["spec"].get("leaseDurationSeconds") or self._timing.duration)
+        duration = float(_spec(lease).get("leaseDurationSeconds") or self._timing.duration)
         return now - self._seen[1] > duration
 
     async def _renew(self) -> None:
-        spec = self._lease["spec"] if self._lease is not None else {}
-        await self._put({**spec, "renewTime": self._stamp()})
+        began = asyncio.get_running_loop().time()
+        await self._put({**_spec(self._lease or {}), "renewTime": self._stamp()})
+        self._renewed = began
 
     async def _holder(self) -> str | None:
         """Who holds it; None when that cannot be read. Our own record is brought up to date."""
@@ -192,7 +197,7 @@ class Lease:
             self._lease = await self._read()
         except KubeError:
             return None
-        return str(self._lease["spec"].get("holderIdentity") or "")
+        return _holder(self._lease)
 
     async def _read(self) -> Manifest:
         return await self._kube.get(LEASES, self._namespace, self._name, seconds=self._timing.request)
@@ -216,3 +221,47 @@ class Lease:
 
     def _too_late(self) -> str:
         return f"the Lease was not renewed for {self._timing.renew_deadline:g} s"
+
+
+def _spec(lease: Manifest) -> dict[str, Any]:
+    """What it says; nothing for one that somebody made as an empty object."""
+    return lease.get("spec") or {}
+
+
+def _holder(lease: Manifest) -> str:
+    return str(_spec(lease).get("holderIdentity") or "")
+
+
+def _transitions(lease: Manifest) -> int:
+    return int(_spec(lease).get("leaseTransitions") or 0)
+
+
+async def lead(lease: Lease, work: Callable[[int], Awaitable[None]], lost: Callable[[str], None]) -> None:
+    """Wait for the Lease, work under its `leaseTransitions`, give it back at the end of the work.
+
+    `lost` is called once when leadership ends before the work does, in whatever way the renewing came to an end.
+    """
+    transitions = await lease.acquire()
+    over = False
+
+    def once(why: str) -> None:
+        nonlocal over
+        if not over:
+            over = True
+            lost(why)
+
+    def ended(task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            decision("bug while renewing the Lease", level=logging.ERROR, error=error, traceback=True)
+        once("the Lease is no longer renewed")
+
+    holding = asyncio.create_task(lease.hold(once), name="lease")
+    holding.add_done_callback(ended)
+    try:
+        await work(transitions)
+    finally:
+        over = True
+        holding.cancel()
+        await asyncio.gather(holding, return_exceptions=True)
+        await lease.release()

@@ -17,7 +17,7 @@ from mlx_operator.act.tokens import OperatorKey, UnusableKeyError, operator_key
 from mlx_operator.controller import Configuration, Controller, wall_clock
 from mlx_operator.decide.observed import Settings
 from mlx_operator.errors import StartError
-from mlx_operator.lease import Lease, Timing, first_transitions
+from mlx_operator.lease import Lease, Timing, first_transitions, lead
 from mlx_operator.logs import decision
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe import host
@@ -101,14 +101,7 @@ class Process:
             timing=Timing(),
             pod=options.pod,
         )
-        transitions = await lease.acquire()
-        holding = asyncio.create_task(lease.hold(_abandon), name="lease")
-        try:
-            await self._work(kube, settings, transitions)
-        finally:
-            holding.cancel()
-            await asyncio.gather(holding, return_exceptions=True)
-            await lease.release()
+        await lead(lease, lambda transitions: self._work(kube, settings, transitions), _abandon)
 
     async def _work(self, kube: Kube, settings: Any, transitions: int) -> None:
         options = self._options

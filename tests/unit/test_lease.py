@@ -3,13 +3,14 @@
 import asyncio
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
 from mlx_operator.act.kube import KubeError
 from mlx_operator.act.resources import LEASES
 from mlx_operator.errors import StartError
-from mlx_operator.lease import Lease, Timing, first_transitions
+from mlx_operator.lease import Lease, Timing, first_transitions, lead
 from tests.unit.fakekube import FakeKube
 from tests.unit.manifests import NOW
 
@@ -168,6 +169,118 @@ async def test_our_own_write_whose_answer_was_lost_is_no_loss() -> None:
     await asyncio.sleep(60)
     assert lost == []
     holding.cancel()
+
+
+class Late(FakeKube):
+    """Answers every request that creates or replaces after 2 s: it was carried out at once."""
+
+    async def create(self, *args: Any, **more: Any) -> dict[str, Any]:
+        made = await super().create(*args, **more)
+        await asyncio.sleep(2)
+        return made
+
+    async def replace(self, *args: Any, **more: Any) -> dict[str, Any]:
+        made = await super().replace(*args, **more)
+        await asyncio.sleep(2)
+        return made
+
+
+@pytest.mark.parametrize("there", [False, True])
+async def test_the_first_deadline_runs_from_before_the_request_that_took_the_lease(there: bool) -> None:
+    kube, loop, lost = Late(), asyncio.get_running_loop(), asyncio.Event()
+    if there:
+        kube.put(LEASES, {"metadata": {"namespace": "system", "name": "mlx-operator"}})
+    lease = candidate(kube, "a")
+    began = loop.time()
+    await lease.acquire()
+    kube.before = refuse(0)
+    holding = asyncio.create_task(lease.hold(lambda why: lost.set()))
+    await lost.wait()
+    assert loop.time() - began == pytest.approx(TIMING.renew_deadline)
+    holding.cancel()
+
+
+async def test_the_deadline_of_a_lease_whose_taking_was_not_answered_runs_from_that_request() -> None:
+    kube, loop, lost = FakeKube(), asyncio.get_running_loop(), asyncio.Event()
+    losing = [KubeError(0, "TimeoutError", "no answer")]
+
+    def lose(verb: str, plural: str, name: str) -> None:
+        if losing:
+            raise losing.pop()
+
+    kube.after = lose
+    lease = candidate(kube, "a")
+    began = loop.time()
+    await lease.acquire()
+    assert loop.time() - began == pytest.approx(TIMING.retry)
+    kube.before = refuse(0)
+    holding = asyncio.create_task(lease.hold(lambda why: lost.set()))
+    await lost.wait()
+    assert loop.time() - began == pytest.approx(TIMING.renew_deadline)
+    holding.cancel()
+
+
+@pytest.mark.parametrize("empty", [{}, {"spec": None}, {"spec": {}}])
+async def test_a_lease_that_somebody_made_empty_is_taken(empty: dict[str, Any]) -> None:
+    kube = FakeKube()
+    kube.put(LEASES, {"metadata": {"namespace": "system", "name": "mlx-operator"}, **empty})
+    lease = candidate(kube, "a")
+    assert await lease.acquire() == first_transitions(NOW)
+    assert spec(kube)["holderIdentity"] == "a"
+    await lease.release()
+    assert spec(kube)["holderIdentity"] == ""
+
+
+async def test_a_lease_that_somebody_emptied_meanwhile_is_lost() -> None:
+    kube, lost = FakeKube(), asyncio.Event()
+    lease = candidate(kube, "a")
+    await lease.acquire()
+    kube.put(LEASES, {"metadata": {"namespace": "system", "name": "mlx-operator"}})
+    holding = asyncio.create_task(lease.hold(lambda why: lost.set()))
+    await asyncio.wait_for(lost.wait(), TIMING.retry + 0.1)
+    await holding
+
+
+async def test_an_old_lease_counts_on_from_above_what_an_operator_without_one_used() -> None:
+    kube = FakeKube()
+    old = {"holderIdentity": "", "leaseTransitions": 3}
+    kube.put(LEASES, {"metadata": {"namespace": "system", "name": "mlx-operator"}, "spec": old})
+    without = first_transitions(NOW - timedelta(hours=1))
+    assert await candidate(kube, "a").acquire() > without
+
+
+@pytest.mark.parametrize("end", ["error", "return", "cancel"])
+async def test_leadership_is_lost_when_the_renewing_ends_in_whatever_way(end: str) -> None:
+    class Ending(Lease):
+        async def hold(self, lost: Callable[[str], None]) -> None:
+            await asyncio.sleep(1)
+            if end == "error":
+                raise ZeroDivisionError("a bug")
+            if end == "cancel":
+                raise asyncio.CancelledError
+
+    kube, lost = FakeKube(), asyncio.Queue[str]()
+    lease = Ending(kube, "system", "mlx-operator", "a", now=lambda: NOW, timing=TIMING)
+    leading = asyncio.create_task(lead(lease, lambda transitions: asyncio.sleep(3600), lost.put_nowait))
+    assert await asyncio.wait_for(lost.get(), 2) == "the Lease is no longer renewed"
+    leading.cancel()
+    await asyncio.gather(leading, return_exceptions=True)
+    assert lost.empty()
+
+
+async def test_a_loss_is_told_once_and_an_end_of_the_work_is_none() -> None:
+    kube, lost = FakeKube(), asyncio.Queue[str]()
+    await lead(candidate(kube, "a"), lambda transitions: asyncio.sleep(30), lost.put_nowait)
+    assert spec(kube)["holderIdentity"] == ""
+    leading = asyncio.create_task(lead(candidate(kube, "b"), lambda transitions: asyncio.sleep(3600), lost.put_nowait))
+    await asyncio.sleep(1)
+    known = kube.objects["leases", "system", "mlx-operator"]
+    kube.put(LEASES, {**known, "spec": {**known["spec"], "holderIdentity": "c"}})
+    await asyncio.sleep(30)
+    assert lost.get_nowait() == "c holds the Lease"
+    assert lost.empty()
+    leading.cancel()
+    await asyncio.gather(leading, return_exceptions=True)
 
 
 async def test_missing_permissions_end_the_start_with_a_sentence() -> None:
