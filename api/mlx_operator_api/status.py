@@ -50,7 +50,7 @@ class RunnerStatus(Strict):
     node: str | None = None
     """Node the pod is on."""
     state: RunnerState = RunnerState.PENDING
-    """State of the runner, as its own report gave it."""
+    """State as the runner's own report gave it; RunnerReady also while it is busy: requests cause no writes."""
     since: Time | None = None
     """When the state was entered."""
     epoch: int = 0
