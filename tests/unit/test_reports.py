@@ -42,7 +42,8 @@ class FakeRunner(RunnerPort):
         yield self._lines()
 
     async def _lines(self) -> AsyncIterator[bytes]:
-        while (line := await self.lines.get()) is not None:
+        lines = self.lines
+        while (line := await lines.get()) is not None:
             if isinstance(line, Exception):
                 raise line
             yield line
@@ -236,35 +237,59 @@ async def test_a_container_that_stops_keeps_its_last_report(scene: Scene) -> Non
     assert scene.view.error == "the container does not run"
 
 
-OLD, NEW = "2026-11-23T14:59:30Z-1", "2026-11-23T15:00:00Z-1"
+BEFORE, AFTER = "2026-11-23T15:00:00Z", "2026-11-23T14:00:00Z"
+"""Two processes of one container; the node's clock was set back between their starts."""
 
 
 @pytest.mark.parametrize(
-    ("known", "arriving", "kept"),
+    ("arriving", "stands", "stream", "counts"),
     [
-        (report(seq=5), report(seq=4), "known"),
-        (report(seq=5), report(seq=5), "known"),
-        (report(seq=5), report(seq=6), "arriving"),
-        (
-            report(seq=9, incarnation=OLD),
-            report(seq=1, incarnation=NEW),
-            "arriving",
-        ),
-        (
-            report(seq=1, incarnation=NEW),
-            report(seq=9, incarnation=OLD),
-            "known",
-        ),
+        (report(seq=4), True, True, False),
+        (report(seq=5), False, True, False),
+        (report(seq=5), True, False, False),
+        (report(seq=6), True, True, True),
+        (report(seq=6), True, False, True),
+        (report(seq=1, incarnation=AFTER), True, True, True),
+        (report(seq=1, incarnation=AFTER), False, True, True),
+        (report(seq=1, incarnation=AFTER), False, False, True),
+        (report(seq=9, incarnation=AFTER), True, False, False),
     ],
 )
-async def test_the_newest_incarnation_counts_and_in_it_the_highest_seq(
-    known: RunnerReport, arriving: RunnerReport, kept: str
+async def test_seq_orders_one_incarnation_and_the_standing_stream_tells_which_one_lives(
+    arriving: RunnerReport, stands: bool, stream: bool, counts: bool
 ) -> None:
-    view, _ = receive(RunnerView(), known, NOW, stream=True)
-    view, urgency = receive(view, arriving, NOW, stream=False)
-    assert view.report is (known if kept == "known" else arriving)
-    if kept == "known":
+    if arriving.incarnation != AFTER:
+        arriving = arriving.model_copy(update={"incarnation": BEFORE})
+    known = report(seq=5, incarnation=BEFORE)
+    view, urgency = receive(RunnerView(report=known, connected=stands), arriving, NOW, stream=stream)
+    assert view.report is (arriving if counts else known)
+    if stands and not counts:
         assert urgency is Urgency.NONE
+
+
+async def test_a_container_that_starts_again_after_its_clock_was_set_back_is_heard(scene: Scene) -> None:
+    scene.store.put(PODS, pod())
+    scene.runner.say(report(seq=9, incarnation=BEFORE))
+    await asyncio.sleep(0.1)
+    scene.runner.lines.put_nowait(None)
+    await asyncio.sleep(1)
+    scene.runner.say(report(seq=1, incarnation=AFTER, state=RunnerState.PENDING))
+    await asyncio.sleep(0.1)
+    assert scene.view.report == report(seq=1, incarnation=AFTER, state=RunnerState.PENDING)
+    assert scene.changes[-1] is Urgency.AT_ONCE
+
+
+async def test_a_late_line_of_a_stream_that_was_closed_is_not_heard(scene: Scene) -> None:
+    scene.store.put(PODS, pod(version=1))
+    scene.runner.say(report(seq=1, incarnation=BEFORE))
+    await asyncio.sleep(0.1)
+    scene.store.put(PODS, pod(version=2, ip=None))
+    old, scene.runner.lines = scene.runner.lines, asyncio.Queue()
+    scene.store.put(PODS, pod(version=3))
+    scene.runner.say(report(seq=1, incarnation=AFTER))
+    old.put_nowait(report(seq=7, incarnation=BEFORE).model_dump_json(by_alias=True).encode() + b"\n")
+    await asyncio.sleep(0.1)
+    assert scene.view.report == report(seq=1, incarnation=AFTER)
 
 
 async def test_the_address_of_a_pod_is_its_ip_while_the_container_runs() -> None:

@@ -27,10 +27,15 @@ _COUNTERS = {"seq": 0, "steps": 0, "active_requests": 0}
 def receive(view: RunnerView, report: RunnerReport, now: datetime, *, stream: bool) -> tuple[RunnerView, Urgency]:
     """Merge a report into what is known; `stream` says that it came over the report stream.
 
-    The newest incarnation counts, and in it the highest seq: a report may arrive twice, or late by another way.
+    Of one incarnation the highest seq counts: a report may arrive twice, or late by another way. Which of two
+    incarnations lives is told by the connection, never by their names, which hold the clock of a node: one stream is
+    read at a time, and while it stands, the answer of another incarnation to a task is a late one.
     """
     known = view.report
-    later = known is None or (report.incarnation, report.seq) > (known.incarnation, known.seq)
+    if known is None or known.incarnation != report.incarnation:
+        later = known is None or stream or not view.connected
+    else:
+        later = report.seq > known.seq
     merged = replace(
         view,
         report=report if later else known,
