@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 
 from mlx_operator_api import names
 from tests.node.instance import Instance
@@ -32,9 +32,18 @@ def client(cluster: Any, instance: Instance, *, retries: int = 0, timeout: float
     with cluster.forward(address, names.PUBLIC_PORT) as (host, port):
         openai = OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=retries, timeout=timeout)
         try:
+            # kube-proxy writes a Service's rules up to a second after its endpoint is Ready.
+            wait_for("the Service leads to rank 0", lambda: _answers(openai), 30)
             yield openai
         finally:
             openai.close()
+
+
+def _answers(openai: OpenAI) -> bool:
+    try:
+        return bool(openai.models.list().data)
+    except OpenAIError:
+        return False
 
 
 def ask(openai: OpenAI, model: str, question: str, **options: Any) -> str:

@@ -25,7 +25,7 @@ class Chatter(threading.Thread):
     def __init__(self, cluster: Any, instance: Instance, question: str, streams: int = 3) -> None:
         super().__init__(daemon=True)
         self._cluster, self._instance, self._question, self._streams = cluster, instance, question, streams
-        self._stop = threading.Event()
+        self._enough = threading.Event()
         self.started = threading.Event()
         """A token came; cleared by whoever wants to see another."""
         self.errors: list[Exception] = []
@@ -42,7 +42,7 @@ class Chatter(threading.Thread):
     def _ask(self, llm: openai.OpenAI) -> None:
         messages = [{"role": "user", "content": self._question}]
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not self._stop.is_set():
+        while time.monotonic() < deadline and not self._enough.is_set():
             try:
                 stream = llm.chat.completions.create(
                     model=self._instance.name, messages=messages, temperature=1.5, max_tokens=400, stream=True
@@ -61,7 +61,7 @@ class Chatter(threading.Thread):
 
     def finish(self) -> None:
         """No further question; wait for the last answers."""
-        self._stop.set()
+        self._enough.set()
         self.join(100)
 
 
