@@ -130,12 +130,18 @@ class Lease:
         """Give the Lease back, so that a standby need not wait; best effort."""
         if self._lease is None:
             return
-        spec = {**_spec(self._lease), "holderIdentity": "", "renewTime": self._stamp(), "leaseDurationSeconds": 1}
         try:
-            await self._put(spec)
-            decision("lease released", identity=self._identity)
+            try:
+                await self._put(self._given_back())
+            except KubeError as error:
+                # A renewal that was cut short may have been carried out: our record is outdated then.
+                if error.status != 409 or await self._holder() != self._identity:
+                    raise
+                await self._put(self._given_back())
         except KubeError as error:
             decision("the Lease was not released", level=logging.WARNING, error=error)
+        else:
+            decision("lease released", identity=self._identity)
 
     async def _try(self) -> str:
         """Read the Lease and take it if it is free; returns its holder then."""
@@ -215,6 +221,10 @@ class Lease:
             "renewTime": stamp,
             "leaseTransitions": transitions,
         }
+
+    def _given_back(self) -> dict[str, Any]:
+        spec = _spec(self._lease or {})
+        return {**spec, "holderIdentity": "", "renewTime": self._stamp(), "leaseDurationSeconds": 1}
 
     def _stamp(self) -> str:
         return self._now().strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -106,7 +106,7 @@ async def test_the_lease_of_a_killed_operator_runs_out(place: World) -> None:
     place.kubelet.kill_engine("tiny-0")
     await (await place.operator(replica=1)).leads()
     after = await place.kube.get(LEASES, NAMESPACE, RELEASE)
-    assert after["spec"]["leaseTransitions"] == before["spec"]["leaseTransitions"] + 1
+    assert after["spec"]["leaseTransitions"] > before["spec"]["leaseTransitions"]
     await place.until(again_in(2), "Ready again in epoch 2")
 
 

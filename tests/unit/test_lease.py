@@ -60,6 +60,26 @@ async def test_a_released_lease_is_taken_at_the_next_try_and_counts_up() -> None
     assert loop.time() - began < TIMING.retry
 
 
+async def test_a_lease_is_released_also_after_a_renewal_that_was_cut_short() -> None:
+    kube = FakeKube()
+    lease = candidate(kube, "a")
+    await lease.acquire()
+    known = kube.objects["leases", "system", "mlx-operator"]
+    kube.put(LEASES, {**known, "spec": {**known["spec"], "renewTime": "later"}})
+    await lease.release()
+    assert spec(kube)["holderIdentity"] == ""
+
+
+async def test_the_lease_of_a_successor_is_not_released() -> None:
+    kube = FakeKube()
+    lease = candidate(kube, "a")
+    await lease.acquire()
+    known = kube.objects["leases", "system", "mlx-operator"]
+    kube.put(LEASES, {**known, "spec": {**known["spec"], "holderIdentity": "b"}})
+    await lease.release()
+    assert spec(kube)["holderIdentity"] == "b"
+
+
 async def test_a_silent_leader_is_replaced_after_the_duration_of_our_own_clock() -> None:
     kube, loop = FakeKube(), asyncio.get_running_loop()
     await candidate(kube, "a").acquire()
