@@ -216,6 +216,29 @@ async def test_a_refused_token_is_shown(scene: Scene) -> None:
     assert scene.view.error == "HTTP 401: the bearer token is missing or wrong"
 
 
+async def test_a_token_that_stays_refused_names_the_secret_to_delete(scene: Scene) -> None:
+    scene.runner.refusals = [RunnerError(401, "HTTP 401: no")] * 9
+    own = {"name": "token", "secret": {"secretName": "tiny-11111111-0123abcd"}}
+    scene.store.put(PODS, pod(spec={"nodeName": "n1", "volumes": [{"name": "tmp", "emptyDir": {}}, own]}))
+    await asyncio.sleep(5)
+    assert scene.view.error is not None
+    assert "Secret default/tiny-11111111-0123abcd" in scene.view.error
+    assert "delete it and the pods" in scene.view.error
+    assert scene.changes == [Urgency.AT_ONCE] * 2
+    scene.store.put(PODS, pod(version=2))
+    scene.runner.say(report())
+    await asyncio.sleep(10)
+    assert scene.view.error is None
+
+
+async def test_a_pod_that_was_made_with_an_earlier_key_names_no_secret(scene: Scene) -> None:
+    scene.runner.refusals = [RunnerError(401, "HTTP 401: no")] * 9
+    old = {"name": "token", "secret": {"secretName": "tiny-11111111-earlier0"}}
+    scene.store.put(PODS, pod(spec={"volumes": [old]}))
+    await asyncio.sleep(5)
+    assert scene.view.error == "HTTP 401: no"
+
+
 async def test_a_stream_ends_with_its_pod(scene: Scene) -> None:
     scene.store.put(PODS, pod())
     scene.runner.say(report())

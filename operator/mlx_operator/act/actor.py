@@ -118,7 +118,8 @@ class Actor:
             body = instance_secret(instance, name, self._token_of(instance["metadata"]["uid"]))
             await self._kube.create(SECRETS, key.namespace, body)
         except KubeError as error:
-            # Its name holds the uid and the key: who else made it made the same.
+            # Its name holds the uid and the key: an earlier try of ours made the same. Whether somebody else made it
+            # with another token (we may not read it) shows when the runners refuse ours.
             if error.status != 409:
                 raise
         else:

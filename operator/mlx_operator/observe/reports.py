@@ -22,6 +22,9 @@ from mlx_operator_api.tasks import RunnerReport
 
 FIRST_RETRY_SECONDS = 0.2
 LONGEST_RETRY_SECONDS = 2.0
+_UNAUTHORIZED = 401
+_REFUSALS = 3
+"""So often in a row: an address that is used again may be answered by another instance's runner for a moment."""
 Changed = Callable[[Key, Urgency], None]
 
 
@@ -92,9 +95,14 @@ class ReportStreams:
             decision("bug in a report stream", level=logging.ERROR, error=error, traceback=True, pod_uid=uid)
 
     async def _follow(self, uid: str) -> None:
-        delay = FIRST_RETRY_SECONDS
+        delay, refused = FIRST_RETRY_SECONDS, 0
         while (ip := address(self._store.pod(uid))) is not None and (owner := self._store.owner(uid)) is not None:
-            why = await self._read(uid, ip, self._token_of(owner))
+            try:
+                why = await self._read(uid, ip, self._token_of(owner))
+                refused = 0
+            except RunnerError as error:
+                refused = refused + 1 if error.status == _UNAUTHORIZED else 0
+                why = str(error) if refused < _REFUSALS else f"{error}{self._wrong_token(uid, owner)}"
             delay = FIRST_RETRY_SECONDS if self._store.view(uid).connected else delay
             self._lost(uid, why)
             self._wake[uid].clear()
@@ -106,7 +114,11 @@ class ReportStreams:
                 delay = min(delay * 2, LONGEST_RETRY_SECONDS)
 
     async def _read(self, uid: str, ip: str, token: str) -> str:
-        """Read the stream until it ends; returns why."""
+        """Read the stream until it ends; returns why.
+
+        Raises:
+            RunnerError: the supervisor says no.
+        """
         try:
             async with self._port.reports(ip, token) as lines:
                 self._metrics.streams.inc()
@@ -114,12 +126,24 @@ class ReportStreams:
                     return await self._lines(uid, lines)
                 finally:
                     self._metrics.streams.dec()
-        except RunnerError as error:
-            return str(error)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             return describe(error)
         except ValueError as error:
             return f"the report stream cannot be read: {describe(error)}"
+
+    def _wrong_token(self, uid: str, owner: str) -> str:
+        """What helps against a token that stays refused: the Secret of that name was made by somebody else."""
+        pod = self._store.pod(uid)
+        if pod is None:
+            return ""
+        metadata, volumes = pod["metadata"], (pod.get("spec") or {}).get("volumes") or ()
+        secret = names.secret_name(metadata["labels"][names.INSTANCE_LABEL], owner, self._store.settings.key_id)
+        if not any((volume.get("secret") or {}).get("secretName") == secret for volume in volumes):
+            return ""  # a pod of an earlier key, which is replaced anyway
+        return (
+            f"; Secret {metadata['namespace']}/{secret} does not hold the token that the operator made: "
+            "delete it and the pods that use it"
+        )
 
     async def _lines(self, uid: str, lines: AsyncIterator[bytes]) -> str:
         async for line in lines:
