@@ -8,7 +8,7 @@ from mlx_operator_api.status import ModelStatus, RunnerStatus, Status
 
 from . import restart, template
 from .failure import pending
-from .picture import Picture, Rank, assigned
+from .picture import Picture, Rank, asleep, assigned
 
 SETTLE_SECONDS = 5.0
 """After a failure: how long the other engines have to end before CreateRunner kills them."""
@@ -36,6 +36,11 @@ def begin(picture: Picture, status: Status) -> tuple[Status, Reason | None]:
     return status.model_copy(update=update), why
 
 
+def due(picture: Picture, status: Status) -> Reason | None:
+    """Why a new epoch has to be opened (None: it has not)."""
+    return _why(picture, _settled_image(picture, status))
+
+
 def following(picture: Picture, status: Status) -> int:
     """The next epoch: above everything that status or any runner knows of."""
     return max([status.epoch, *(rank.report.epoch for rank in picture.ranks if rank.report)]) + 1
@@ -53,7 +58,7 @@ def _why(picture: Picture, status: Status) -> Reason | None:
     ready = old.condition(ConditionType.READY)
     if status.epoch == 0:
         return Reason.EPOCH_STARTED
-    if ready is not None and ready.reason is Reason.SUSPENDED:
+    if asleep(status) or (ready is not None and ready.reason is Reason.SUSPENDED):
         return Reason.SPEC_CHANGED
     hashed = template.template_hash(wanted, status.runner_image or "", picture.settings)
     changed = wanted.spec_hash != status.spec_hash or hashed != status.template_hash

@@ -24,7 +24,8 @@ def examine(picture: Picture, status: Status) -> Status:
     if known is None and not assigned(status):
         return status
     epoch = status.epoch if known is None else known.epoch
-    members = [rank for rank in picture.ranks if rank.record.epoch == epoch]
+    # Without a pod in its record, a rank was put to sleep: what became of its pod is no failure.
+    members = [rank for rank in picture.ranks if rank.record.epoch == epoch and rank.record.pod_uid is not None]
     # A rank that was ended in good order did not fail, whatever becomes of its pod afterwards.
     suspects = [rank for rank in members if known is None or rank.record.state is not RunnerState.SHUTDOWN]
     found = [e for rank in suspects if (e := evidence.diagnose(rank, epoch, picture, ended_by_us=known is not None))]
@@ -35,6 +36,13 @@ def examine(picture: Picture, status: Status) -> Status:
         return _improve(picture, status, known, found, members)
     cause = _root(picture, status, found)
     return status if cause is None else _record(picture, status, cause, found, members)
+
+
+def unwritten(old: Status, new: Status) -> bool:
+    """Whether a failure stands in the new status that the old one has not, or its cause is still looked for."""
+    if new.history and (not old.history or old.history[0].epoch != new.history[0].epoch):
+        return True
+    return restart.open_failure(new) is None and pending(new) is not None
 
 
 def pending(status: Status) -> LastFailure | None:

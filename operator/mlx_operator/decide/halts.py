@@ -28,7 +28,7 @@ def refuse(instance: Manifest, old: Status, reason: Reason, words: str, clock: C
     return Plan(status, events=notices)
 
 
-def suspend(picture: Picture) -> Plan:
+def suspend(picture: Picture, status: Status) -> Plan:
     """`spec.suspend`: the pods drain and go; Service, Secret and history stay."""
     old, wanted = picture.stored, picture.wanted
     message = "spec.suspend is true: pods are removed; Service and history are kept; set it to false to start again"
@@ -45,7 +45,7 @@ def suspend(picture: Picture) -> Plan:
     }
     if wanted.world_size == 1:
         facts[_C.CONNECTED] = Fact("True", Reason.SINGLE_RUNNER, "one runner: there is no group to form")
-    status = old.model_copy(
+    status = status.model_copy(
         update={
             "endpoint": wanted.endpoint,
             "next_restart_at": None,
@@ -69,6 +69,8 @@ def _asleep(picture: Picture, rank: Rank) -> RunnerStatus:
     return record.model_copy(
         update={
             "pod": names.pod_name(picture.wanted.name, rank.rank),
+            "pod_uid": None,
+            "incarnation": None,
             "node": None,
             "state": RunnerState.PENDING,
             "since": record.since if same and record.since is not None else picture.clock.stamp,

@@ -110,6 +110,8 @@ class Picture:
     """Our pods that no rank needs."""
     observed: Observed
     clock: Clock
+    changing: bool = False
+    """The epoch that runs is over by the user's will: its deadlines are no longer those of the spec."""
 
     @property
     def settings(self) -> Settings:
@@ -132,6 +134,11 @@ def assigned(status: Status) -> bool:
     return any(record.epoch == status.epoch for record in status.runners) and status.epoch > 0
 
 
+def asleep(status: Status) -> bool:
+    """The instance was suspended: its epoch was given to pods that were then removed on purpose."""
+    return assigned(status) and all(record.pod_uid is None for record in status.runners)
+
+
 def effective(rank: Rank, epoch: int) -> RunnerState:
     """The state of a rank in an epoch: its report's, or what status remembers until there is one. Running is Ready."""
     if rank.record.epoch != epoch:
@@ -151,6 +158,15 @@ def look(observed: Observed, wanted: Wanted, status: Status, clock: Clock) -> Pi
         _rank(rank, by_name.get(name), observed, wanted, status, clock) for name, rank in wanted_names.items()
     )
     return Picture(wanted, status, ranks, surplus, observed, clock)
+
+
+def former(picture: Picture, *, changing: bool) -> Picture:
+    """The picture with the ranks that status knows of: as the group was before a change of the spec."""
+    wanted, size = picture.wanted, len(picture.stored.runners)
+    if size not in (0, wanted.world_size):
+        wanted = replace(wanted, spec=wanted.spec.model_copy(update={"runners": size}))
+        picture = look(picture.observed, wanted, picture.stored, picture.clock)
+    return replace(picture, changing=changing)
 
 
 def _rank(rank: int, found: PodView | None, observed: Observed, wanted: Wanted, status: Status, clock: Clock) -> Rank:

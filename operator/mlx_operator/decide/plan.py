@@ -1,10 +1,11 @@
 """`plan()`: from what was observed to the status to write, the actions and the events. Pure.
 
-The rules stand in the order of the lifecycle: invalid spec, suspend, new epoch (spec, template, annotations), failure
-of the epoch, start of the epoch, children, tasks. Status carries all memory: the same observation and status always
+The rules stand in the order of the lifecycle: invalid spec, failure of the epoch, suspend, new epoch (spec, template,
+annotations), start of the epoch, children, tasks. Status carries all memory: the same observation and status always
 give the same plan, and a plan that was carried out gives an empty one.
 """
 
+from dataclasses import replace
 from datetime import datetime
 
 from mlx_operator_api.conditions import Reason
@@ -17,7 +18,7 @@ from .facts import Situation
 from .halts import refuse, suspend
 from .observed import Observed
 from .picture import Clock, Picture
-from .spec import InvalidSpecError, Wanted, parse
+from .spec import InvalidSpecError, parse
 from .stored import finish, read
 
 
@@ -35,13 +36,27 @@ def plan(observed: Observed, now: datetime) -> Plan:
         words = f"spec.model.source: {wanted.spec.model.source}: this release cannot read hf:// sources"
         return refuse(observed.instance, old, Reason.SOURCE_UNSUPPORTED, words, clock)
     view = picture.look(observed, wanted, old, clock)
-    return suspend(view) if wanted.suspended else _go_on(view, wanted, old)
+    status = old.model_copy(update={"restarts": restart.spent(old, wanted.restarts, clock.now)})
+    why = Reason.SUSPENDED if wanted.suspended else epoch.due(view, status)
+    if why is not Reason.EPOCH_STARTED:
+        # Where status knows of no epoch, or of an older one than the runners, its records prove nothing.
+        past = picture.former(view, changing=why is not None)
+        status = failure.examine(past.recall(status), status)
+        if why is not None and failure.unwritten(old, status):
+            return _tell_first(past, status)
+    return suspend(view, status) if wanted.suspended else _go_on(view, status)
 
 
-def _go_on(view: Picture, wanted: Wanted, old: Status) -> Plan:
-    status = old.model_copy(update={"restarts": restart.spent(old, wanted.restarts, view.clock.now)})
+def _tell_first(past: Picture, status: Status) -> Plan:
+    """A failure and a change at once: the failure is written as the group was, then the change is followed."""
+    if restart.open_failure(status) is not None:
+        past.clock.wakes.append(past.clock.now)
+    status = runners.update(past.recall(status), status)
+    return replace(_conclude(past.recall(status), status, None), actions=())
+
+
+def _go_on(view: Picture, status: Status) -> Plan:
     status, opened = epoch.begin(view, status)
-    status = failure.examine(view.recall(status), status)
     status = epoch.start(view.recall(status), status)
     status = downloads.note(view.recall(status), status)
     status = runners.update(view.recall(status), status)
