@@ -160,7 +160,7 @@ async def test_across_a_restart_the_running_request_fails_and_the_next_one_is_he
     pod.plan(tokens=1000, token_seconds=0.05)
     await instance.ready()
     running = asyncio.create_task(post(pod, CHAT))
-    await pod.state(S.RUNNING, 1)
+    await metric(pod, "mlx_runner_time_to_first_token_seconds_count 1.0")
     await kill_engine(pod)
     status, answer, retry = await running
     assert (status, answer["error"]["code"], retry is not None) == (503, "runner_failed", True)
@@ -174,6 +174,30 @@ async def test_across_a_restart_the_running_request_fails_and_the_next_one_is_he
     status, answer, _ = await held
     assert status == 200
     assert answer["choices"][0]["message"]["content"] == TEXT
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_a_dead_engine_had_not_begun_is_answered_by_the_next_one(
+    instance: Group, stream: bool
+) -> None:
+    pod = instance.pods[0]
+    await instance.ready()
+    pod.plan(hang="Generate")
+    async with client(instance) as ai:
+        asked = asyncio.create_task(
+            ai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2, stream=stream)
+        )
+        await pod.state(S.RUNNING, 1)
+        await kill_engine(pod)
+        await pod.state(S.FAILED, 1)
+        pod.plan()
+        await instance.ready(2)
+        answer = await asked
+        if isinstance(answer, openai.AsyncStream):
+            text = "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+        else:
+            text = answer.choices[0].message.content or ""
+    assert text == " ".join(ANSWER[:2])
 
 
 async def test_a_shutdown_for_a_restart_holds_requests_as_a_failure_does(instance: Group) -> None:

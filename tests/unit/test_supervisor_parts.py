@@ -1,6 +1,5 @@
-"""Smaller parts of the supervisor: configuration, the queue of requests, state file, orphans, tokens."""
+"""Smaller parts of the supervisor: configuration, state file, orphans, tokens."""
 
-import asyncio
 import subprocess
 import sys
 import textwrap
@@ -13,11 +12,10 @@ from mlx_operator_api import names
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.status import LastFailure
-from mlx_operator_api.tasks import Predecessor, RunnerReport, ServingOptions
+from mlx_operator_api.tasks import Predecessor, RunnerReport
 from mlx_runner import channel
 from mlx_runner.supervisor import config, engine_process
 from mlx_runner.supervisor.cgroup import Cgroup
-from mlx_runner.supervisor.requests import Broker, Lost, QueueFullError, UnavailableError
 from mlx_runner.supervisor.state_file import StateFile
 from mlx_runner.supervisor.tokens import authorized
 
@@ -99,125 +97,6 @@ def test_only_the_token_is_authorized() -> None:
     assert authorized("bearer  secret ", "secret")
     for header in (None, "", "secret", "Bearer", "Bearer secre", "Basic secret", "Bearer secret2", "Bearer sécret"):
         assert not authorized(header, "secret")
-
-
-# -- requests
-class Engine:
-    """What the broker sent."""
-
-    def __init__(self) -> None:
-        self.sent: list[channel.Command] = []
-        self.active: list[int] = []
-
-    def send(self, command: channel.Command) -> None:
-        self.sent.append(command)
-
-    @property
-    def ids(self) -> list[str]:
-        return [c.id for c in self.sent if isinstance(c, channel.Generate)]
-
-
-def generate(number: int) -> channel.Generate:
-    return channel.Generate(id=str(number), prompt="x")
-
-
-def finished(number: int) -> channel.Finished:
-    return channel.Finished(id=str(number), finish_reason="stop", prompt_tokens=1, completion_tokens=1)
-
-
-@pytest.fixture
-async def engine() -> Engine:
-    return Engine()
-
-
-@pytest.fixture
-async def broker(engine: Engine) -> Broker:
-    return Broker(engine.active.append)
-
-
-async def test_requests_are_refused_before_the_first_ready(broker: Broker) -> None:
-    assert broker.refusal() == "the model is not ready yet"
-    with pytest.raises(UnavailableError):
-        broker.enter(generate(1))
-
-
-async def test_requests_go_to_the_engine_in_order_and_no_more_than_it_takes(broker: Broker, engine: Engine) -> None:
-    broker.open(engine.send, ServingOptions(max_concurrent_requests=2, max_queue=2))
-    tickets = [broker.enter(generate(n)) for n in range(4)]
-    assert (engine.ids, broker.active, broker.waiting) == (["0", "1"], 2, 2)
-    with pytest.raises(QueueFullError, match=r"serving.maxConcurrentRequests=2, serving.maxQueue=2"):
-        broker.enter(generate(4))
-    broker.deliver(finished(1))
-    assert engine.ids == ["0", "1", "2"]
-    assert tickets[1].answers.get_nowait() == finished(1)
-    broker.leave(tickets[3])
-    for n in (0, 2):
-        broker.deliver(finished(n))
-    assert (engine.ids, broker.active, engine.active[-1]) == (["0", "1", "2"], 0, 0)
-    assert broker.idle.is_set()
-
-
-async def test_a_queue_of_zero_still_serves_what_the_engine_takes(broker: Broker, engine: Engine) -> None:
-    broker.open(engine.send, ServingOptions(max_concurrent_requests=1, max_queue=0))
-    broker.enter(generate(0))
-    with pytest.raises(QueueFullError):
-        broker.enter(generate(1))
-
-
-async def test_the_place_of_a_client_that_left_is_free_when_the_engine_says_so(broker: Broker, engine: Engine) -> None:
-    broker.open(engine.send, ServingOptions(max_concurrent_requests=1))
-    gone, next_one = broker.enter(generate(0)), broker.enter(generate(1))
-    broker.leave(gone)
-    broker.leave(gone)
-    assert engine.sent[1:] == [channel.Cancel(id="0")]
-    assert (broker.active, next_one.dispatched.done()) == (1, False)
-    broker.deliver(finished(0))
-    assert (engine.ids, next_one.dispatched.done()) == (["0", "1"], True)
-
-
-async def test_a_lost_engine_fails_what_ran_and_the_next_epoch_serves_what_waited(
-    broker: Broker, engine: Engine
-) -> None:
-    broker.open(engine.send, ServingOptions(max_concurrent_requests=1))
-    ran, waited = broker.enter(generate(0)), broker.enter(generate(1))
-    broker.lose("engine killed")
-    assert ran.answers.get_nowait() == Lost("engine killed")
-    assert broker.refusal() is None
-    held = broker.enter(generate(2))
-    broker.deliver(channel.Delta(id="0", text="late", tokens=(1,)))
-    assert ran.answers.empty()
-
-    successor = Engine()
-    broker.open(successor.send, ServingOptions(max_concurrent_requests=2))
-    assert (successor.ids, engine.ids) == (["1", "2"], ["0"])
-    assert waited.dispatched.done()
-    assert held.dispatched.done()
-
-
-async def test_held_requests_are_refused_when_no_epoch_comes_in_time(engine: Engine) -> None:
-    broker = Broker(engine.active.append, hold_seconds=0.2)
-    broker.open(engine.send, ServingOptions())
-    broker.lose("engine killed")
-    held = broker.enter(generate(1))
-    with pytest.raises(UnavailableError, match="did not become ready again in time"):
-        await asyncio.wait_for(held.dispatched, 30)
-    assert broker.refusal() == "the model has not been ready for more than 0.2 s"
-    with pytest.raises(UnavailableError):
-        broker.enter(generate(2))
-    broker.open(engine.send, ServingOptions())
-    assert broker.refusal() is None
-
-
-async def test_a_draining_broker_refuses_what_waits_and_lets_run_what_runs(broker: Broker, engine: Engine) -> None:
-    broker.open(engine.send, ServingOptions(max_concurrent_requests=1))
-    ran, waits = broker.enter(generate(0)), broker.enter(generate(1))
-    broker.close("shutting down")
-    with pytest.raises(UnavailableError, match="shutting down"):
-        await waits.dispatched
-    assert broker.refusal() == "shutting down"
-    broker.deliver(finished(0))
-    assert ran.answers.get_nowait() == finished(0)
-    assert broker.idle.is_set()
 
 
 # -- the state file

@@ -18,7 +18,7 @@ from .metrics import Metrics
 from .openai_errors import ApiError
 from .openai_models import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from .openai_shapes import Chat, Completion, Shape
-from .requests import QUEUE_SECONDS, Lost, QueueFullError, Ticket, UnavailableError
+from .requests import NOT_READY, QUEUE_SECONDS, Lost, QueueFullError, Ticket, UnavailableError
 from .supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class PublicApi:
         """New requests are answered, or held while a restart is due."""
         why = readiness(self._supervisor)
         if why:
-            raise ApiError(503, why, code="not_ready")
+            raise ApiError(503, why, code=NOT_READY)
         return web.Response(text="ok\n")
 
     async def metrics(self, request: web.Request) -> web.Response:
@@ -218,7 +218,7 @@ def _admission() -> Iterator[None]:
     try:
         yield
     except UnavailableError as error:
-        raise ApiError(503, str(error), code="not_ready") from error
+        raise ApiError(503, str(error), code=NOT_READY) from error
     except QueueFullError as error:
         raise ApiError(429, str(error), code="queue_full") from error
 
@@ -238,7 +238,7 @@ async def _dispatched(ticket: Ticket) -> None:
     except TimeoutError as error:
         raise ApiError(503, f"no place for this request within {QUEUE_SECONDS:g} s", code="queue_timeout") from error
     except UnavailableError as error:
-        raise ApiError(503, str(error), code="not_ready") from error
+        raise ApiError(503, str(error), code=NOT_READY) from error
 
 
 async def _send(response: web.StreamResponse, data: dict[str, Any]) -> None:

@@ -18,6 +18,8 @@ HOLD_SECONDS = 60.0
 """For how long after the group was last Ready new requests are held for the next epoch."""
 QUEUE_SECONDS = 300.0
 """For how long a request waits for a place in a group that serves."""
+NOT_READY = "not_ready"
+"""Code of the error of a request that nobody began to answer."""
 RETRY_SECONDS = 5
 """What `Retry-After` says."""
 
@@ -48,6 +50,10 @@ class Ticket:
     answers: "asyncio.Queue[Answer]" = field(default_factory=asyncio.Queue)
     dispatched: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Done when the engine got it; fails with `UnavailableError` when it never will."""
+    accepted: bool = False
+    """The engine began with it: sent again it might be answered twice."""
+    returned: bool = False
+    """Its engine was lost before it began. Once: what ends two engines in a row is not given to a third."""
     done: bool = False
 
 
@@ -103,11 +109,20 @@ class Broker:
         self._pump()
 
     def lose(self, message: str) -> None:
-        """The engine is gone or going: running requests get `Lost`, the others are held for the next epoch."""
-        for ticket in list(self._active.values()):
-            self._finish(ticket, Lost(message))
+        """The engine is gone or going: what it had accepted gets `Lost`, the others are held for the next epoch."""
         self.pause()
         self._send = None
+        held = self.refusal() is None
+        back = []
+        for ticket in list(self._active.values()):
+            if held and not (ticket.accepted or ticket.returned or ticket.done):
+                ticket.returned = True
+                back.append(ticket)
+            else:
+                self._finish(ticket, Lost(message))
+        self._active.clear()
+        self.idle.set()
+        self._waiting.extendleft(reversed(back))
 
     def pause(self) -> None:
         """No request goes to the engine from now on; those that wait, and new ones for a while, are held."""
@@ -135,6 +150,7 @@ class Broker:
             self._finish(ticket, event)
             self._pump()
         else:
+            ticket.accepted = True
             ticket.answers.put_nowait(event)
 
     # -- the client's side
@@ -202,6 +218,10 @@ class Broker:
             ticket.done = True
             if not ticket.dispatched.done():
                 ticket.dispatched.set_exception(UnavailableError(why))
+            else:
+                # Given back by a lost engine: its client waits for answers already.
+                refused = channel.Refused(id=ticket.command.id, status=503, code=NOT_READY, message=why)
+                ticket.answers.put_nowait(refused)
 
     def _cancel_hold(self) -> None:
         if self._hold is not None:
