@@ -35,7 +35,8 @@ test: lint test-unit test-runner test-apiserver test-node ## Everything below
 lint: setup ## ruff, mypy --strict, import contracts
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check -q . || { echo "run 'make format'"; exit 1; }
-	@MYPYPATH=api:operator:runner_image $(PY) -m mypy -p mlx_operator_api -p mlx_operator -p mlx_runner -p tests.cluster -p tests.node -p examples
+	@MYPYPATH=api:operator:runner_image $(PY) -m mypy -p mlx_operator_api -p mlx_operator -p mlx_runner
+	@MYPYPATH=api:operator:runner_image $(PY) -m mypy tests docs hack examples
 	@PYTHONPATH=api:operator:runner_image .venv/bin/lint-imports
 format: setup ## ruff format and safe fixes
 	@$(PY) -m ruff check --fix -q . ; $(PY) -m ruff format -q .

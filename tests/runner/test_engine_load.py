@@ -145,8 +145,14 @@ def remove_file(model: Path) -> str:
     return f"{second(model).name} is missing: the index expects tensor model.layers.2"
 
 
+def tensors(file: Path) -> dict[str, mx.array]:
+    loaded = mx.load(str(file))
+    assert isinstance(loaded, dict)
+    return dict(loaded)
+
+
 def remove_tensor(model: Path) -> str:
-    weights = dict(mx.load(str(second(model))))
+    weights = tensors(second(model))
     del weights["model.layers.3.mlp.up_proj.weight"]
     mx.eval(weights)
     mx.save_safetensors(str(second(model)), weights)
@@ -154,7 +160,7 @@ def remove_tensor(model: Path) -> str:
 
 
 def wrong_shape(model: Path) -> str:
-    weights = dict(mx.load(str(second(model))))
+    weights = tensors(second(model))
     weights["model.layers.2.mlp.up_proj.weight"] = mx.zeros((100, 64))
     mx.eval(weights)
     mx.save_safetensors(str(second(model)), weights)
@@ -287,7 +293,7 @@ def test_an_architecture_without_a_tensor_split_is_unsupported_with_tensor(tmp_p
 def load_all(model: Path) -> dict[str, Any]:
     weights: dict[str, Any] = {}
     for file in model.glob("*.safetensors"):
-        weights |= mx.load(str(file))
+        weights |= tensors(file)
     mx.eval(weights)
     return weights
 

@@ -1,6 +1,7 @@
 """Text of requests: chat template, stop strings, limits, cancel."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ from mlx_runner import channel
 
 from . import tiny_models
 from .conftest import LONG, PROMPTS, TOKENS, Reference
-from .engine_ranks import Ranks, generate, running, wait_until
+from .engine_ranks import Rank, Ranks, generate, running, wait_until
+
+
+def rests(rank: Rank) -> bool:
+    return rank.progress.read().phase == 0
 
 
 def chat(request: str, *contents: str, role: str = "user", **options: Any) -> channel.Generate:
@@ -131,4 +136,4 @@ def test_cancelled_requests_leave_every_rank_wherever_they_are(pipeline: Ranks) 
         assert finished is not None and finished.finish_reason == "cancelled"
     assert len(leader.answer("stays").tokens) == 60
     for rank in pipeline.ranks:
-        wait_until(lambda rank=rank: rank.progress.read().phase == 0, 20, f"rank {rank.rank} rests")
+        wait_until(partial(rests, rank), 20, f"rank {rank.rank} rests")

@@ -16,7 +16,7 @@ import pytest
 
 from mlx_operator_api import names
 from mlx_operator_api.runner import RunnerState
-from mlx_operator_api.tasks import ServingOptions
+from mlx_operator_api.tasks import DownloadModel, LoadModel, ServingOptions
 
 from .fake_engine import ANSWER
 from .supervisors import PATIENCE, Group, Pod, group
@@ -198,6 +198,29 @@ async def test_a_request_that_a_dead_engine_had_not_begun_is_answered_by_the_nex
         else:
             text = answer.choices[0].message.content or ""
     assert text == " ".join(ANSWER[:2])
+
+
+@pytest.mark.parametrize("step", ["load", "download"])
+async def test_a_failure_that_no_restart_follows_holds_nobody(instance: Group, tmp_path: Path, step: str) -> None:
+    pod = instance.pods[0]
+    await instance.ready()
+    await kill_engine(pod)
+    await pod.state(S.FAILED, 1)
+    held = asyncio.create_task(post(pod, CHAT))
+    await metric(pod, "mlx_runner_requests_waiting 1.0")
+    await instance.create(2)
+    if step == "download":
+        (tmp_path / "models/tiny/config.json").write_text("{")
+        await pod.send(DownloadModel(), 2)
+    else:
+        pod.plan(fail={"on": "Load", "reason": "InsufficientMemory", "message": "the shard needs 9Gi"})
+        await instance.download(2)
+        await pod.send(LoadModel(), 2)
+    for answer in (await held, await post(pod, CHAT)):
+        assert (answer[0], answer[1]["error"]["code"]) == (503, "not_ready")
+        assert answer[1]["error"]["message"].startswith("the model has failed and is not started again by itself: ")
+    assert await pod.status("/readyz", names.PUBLIC_PORT) == 503
+    assert await pod.status("/readyz") == 503
 
 
 async def test_a_shutdown_for_a_restart_holds_requests_as_a_failure_does(instance: Group) -> None:

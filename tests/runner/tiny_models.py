@@ -63,7 +63,7 @@ def write_weights(path: Path, weights: dict[str, Any], shards: int = 2) -> None:
     for name, array in weights.items():
         found = re.search(r"layers\.(\d+)\.", name)
         parts[int(found.group(1)) * shards // LAYERS if found else 0][name] = array
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         file = f"model-{number:05d}-of-{shards:05d}.safetensors"
         mx.save_safetensors(str(path / file), part, metadata={"format": "pt"})
@@ -95,7 +95,9 @@ def write_tokenizer(path: Path) -> int:
         "clean_up_tokenization_spaces": False,
     }
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    return int(tokenizer.token_to_id("<|im_end|>"))
+    end = tokenizer.token_to_id("<|im_end|>")
+    assert end is not None
+    return int(end)
 
 
 def copy(model: Path, to: Path) -> Path:

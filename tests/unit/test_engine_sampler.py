@@ -1,13 +1,12 @@
 """Sampling: a row's token depends on its own logits, parameters, seed and position only."""
 
+import mlx.core as mx
 import pytest
 
-mx = pytest.importorskip("mlx.core")
-
-from mlx_runner.engine.sampler import Choice, key, sample  # noqa: E402
+from mlx_runner.engine.sampler import Choice, key, sample
 
 
-def logits(rows: int, vocabulary: int = 64) -> "mx.array":
+def logits(rows: int, vocabulary: int = 64) -> mx.array:
     return mx.random.normal((rows, vocabulary), key=mx.random.key(5)) * 3
 
 

@@ -27,7 +27,8 @@ def next_token(sequence: Sequence[int]) -> int:
 
 
 def alone(prompt: Sequence[int], max_tokens: int) -> list[int]:
-    sequence, answer = list(prompt), []
+    sequence = list(prompt)
+    answer: list[int] = []
     while len(answer) < max_tokens and (not answer or answer[-1] != EOS):
         answer.append(next_token(sequence))
         sequence.append(answer[-1])
