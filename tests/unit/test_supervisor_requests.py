@@ -153,6 +153,27 @@ async def test_while_draining_nothing_is_given_back(broker: Broker, engine: Engi
     assert (running.answers.get_nowait(), broker.waiting) == (Lost("engine killed"), 0)
 
 
+async def test_after_a_final_failure_nobody_is_held_until_the_group_is_ready_again(
+    broker: Broker, engine: Engine
+) -> None:
+    broker.open(engine.send, ServingOptions(max_concurrent_requests=1))
+    returned, waits = broker.enter(generate(0)), broker.enter(generate(1))
+    broker.lose("no memory")
+    broker.give_up("no memory")
+    words = "the model has failed and is not started again by itself: no memory"
+    answer = returned.answers.get_nowait()
+    assert isinstance(answer, channel.Refused)
+    assert (answer.status, answer.message) == (503, words)
+    with pytest.raises(UnavailableError, match=words):
+        await waits.dispatched
+    assert (broker.refusal(), broker.waiting) == (words, 0)
+    broker.lose("epoch 2 of the group starts")
+    assert broker.refusal() == words
+    broker.open(engine.send, ServingOptions())
+    broker.lose("engine killed")
+    assert broker.refusal() is None
+
+
 async def test_held_requests_are_refused_when_no_epoch_comes_in_time(engine: Engine) -> None:
     broker = Broker(engine.active.append, hold_seconds=0.2)
     broker.open(engine.send, ServingOptions())

@@ -15,7 +15,8 @@ from mlx_runner import channel
 log = logging.getLogger(__name__)
 
 HOLD_SECONDS = 60.0
-"""For how long after the group was last Ready new requests are held for the next epoch."""
+"""For how long after the group was last Ready new requests are held for the next epoch. Also after a Shutdown: only
+the operator knows whether another epoch follows."""
 QUEUE_SECONDS = 300.0
 """For how long a request waits for a place in a group that serves."""
 NOT_READY = "not_ready"
@@ -72,6 +73,7 @@ class Broker:
         self._open = False
         self._limits = ServingOptions()
         self._closed: str | None = None
+        self._given_up: str | None = None
         self._held_until: float | None = None
         self._hold: asyncio.TimerHandle | None = None
 
@@ -91,6 +93,8 @@ class Broker:
             return self._closed
         if self._open:
             return None
+        if self._given_up is not None:
+            return self._given_up
         if self._held_until is None:
             return "the model is not ready yet"
         if asyncio.get_running_loop().time() >= self._held_until:
@@ -105,6 +109,7 @@ class Broker:
         self._send = send
         self._open = True
         self._limits = limits
+        self._given_up = None
         self._cancel_hold()
         self._pump()
 
@@ -134,6 +139,12 @@ class Broker:
         self._hold = loop.call_later(
             self._hold_seconds, self._refuse_waiting, "the model did not become ready again in time"
         )
+
+    def give_up(self, why: str) -> None:
+        """No epoch comes by itself: nothing is held any more, until somebody helped and the group is Ready."""
+        self._given_up = f"the model has failed and is not started again by itself: {why}"
+        self._cancel_hold()
+        self._refuse_waiting(self._given_up)
 
     def close(self, why: str) -> None:
         """No new request from now on (SIGTERM); running ones go on."""

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from mlx_operator_api.conditions import Reason
+from mlx_operator_api.conditions import Reason, Retry
 from mlx_operator_api.names import ring_port
 from mlx_operator_api.runner import RunnerState, TaskName
 from mlx_operator_api.status import LastFailure
@@ -201,6 +201,8 @@ class Runner:
         log.error(f"runner failed: reason={reason} epoch={self.epoch} state={failure.state} peer={peer}: {message}")
         if self._machine.fail(self.epoch, failure, peer):
             self._broker.lose(message)
+            if reason.retry is Retry.NEVER:
+                self._broker.give_up(message)
         self.retire(last_words)
 
     def _true_state(self) -> RunnerState:

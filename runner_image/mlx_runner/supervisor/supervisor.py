@@ -6,7 +6,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from mlx_operator_api.conditions import Reason
+from mlx_operator_api.conditions import Reason, Retry
 from mlx_operator_api.runner import ENDED, SERVING, RunnerState, TaskName
 from mlx_operator_api.tasks import (
     PROTOCOL,
@@ -194,7 +194,11 @@ class Supervisor:
         else:
             log.error(f"download failed: reason={said.reason} epoch={runner.epoch}: {said.message}")
             why = {"reason": said.reason, "message": said.message}
-            self.machine.fail_task(runner.epoch, TaskName.DOWNLOAD_MODEL, **why)
+            if (
+                self.machine.fail_task(runner.epoch, TaskName.DOWNLOAD_MODEL, **why)
+                and said.reason.retry is Retry.NEVER
+            ):
+                self.broker.give_up(said.message)
 
     # -- the end
     async def drain(self) -> None:
