@@ -78,7 +78,7 @@ class Supervisor:
         self.machine.subscribe(self.state_file.write)
         self.state_file.write(self.machine.report)
         self.engines.prepare()
-        self._watch = self._spawn(self._watch_engine())
+        self._start_watch()
 
     @property
     def served_name(self) -> str | None:
@@ -251,6 +251,17 @@ class Supervisor:
             end.cancel()
 
     # -- the watch
+    def _start_watch(self) -> None:
+        self._watch = asyncio.create_task(self._watch_engine(), name="watch")
+        self._watch.add_done_callback(self._watch_ended)
+
+    def _watch_ended(self, task: "asyncio.Task[None]") -> None:
+        """Only a bug ends the watch, and none may leave the pod without one. It looks at most once a second."""
+        if task.cancelled():
+            return
+        log.critical("a bug in the watch of the engine, which starts again", exc_info=task.exception())
+        self._start_watch()
+
     async def _watch_engine(self) -> None:
         watched: Runner | None = None
         watch = Watch(0)

@@ -1,0 +1,62 @@
+"""What the supervisor decides without any engine: whom it answers, and that its watch goes on."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from mlx_operator_api.conditions import Reason
+from mlx_runner.progress import Phase, Snapshot
+from mlx_runner.supervisor import supervisor as module
+from mlx_runner.supervisor.config import Config
+from mlx_runner.supervisor.runner import Runner
+from mlx_runner.supervisor.supervisor import Supervisor
+from mlx_runner.supervisor.watch import Process
+
+
+@pytest.fixture
+async def supervisor(tmp_path: Path) -> Supervisor:
+    return Supervisor(Config(uid="mine", rank=0, token="t", state_dir=tmp_path))
+
+
+def watches() -> list["asyncio.Task[None]"]:
+    return [task for task in asyncio.all_tasks() if task.get_name() == "watch"]
+
+
+async def test_a_bug_in_the_watch_is_logged_and_the_next_stall_is_still_seen(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks = 0
+
+    def read(pid: int) -> Process:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise ValueError("what nobody thought of")
+        return Process("T", 0.0)
+
+    monkeypatch.setattr(module, "read_process", read)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(supervisor.engines, "prepare", lambda: None)
+    failed: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
+
+    def fail(reason: Reason, *_: Any, **__: Any) -> None:
+        if not failed.done():
+            failed.set_result(reason)
+
+    async def clean_up() -> None:
+        pass
+
+    stopped = SimpleNamespace(pid=1, alive=True, progress=Snapshot(0, 0, Phase.IDLE, -1, 0.0))
+    facts = SimpleNamespace(deadlines=SimpleNamespace(progress=60.0))
+    supervisor.runner = cast(Runner, SimpleNamespace(engine=stopped, facts=facts, fail=fail, clean_up=clean_up))
+    supervisor.start()
+    assert await asyncio.wait_for(failed, 30) is Reason.RUNNER_STALLED
+    assert "a bug in the watch of the engine" in caplog.text
+    assert "what nobody thought of" in caplog.text
+    await supervisor.close()
+    await asyncio.wait(watches(), timeout=30)
+    await asyncio.sleep(0)
+    assert not watches(), "one that was ended on purpose stays away"
