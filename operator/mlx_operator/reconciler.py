@@ -38,6 +38,8 @@ class _Unconfirmed:
     """A status whose PATCH was not answered: if it turns out to stand, its events are still due."""
 
     uid: str
+    planned_from: str
+    """The resourceVersion that it was to replace: while the object has that, nothing is known yet."""
     status: Manifest
     events: tuple[Notice, ...]
 
@@ -141,9 +143,13 @@ class Reconciler:
             if error.status == 404:
                 return None  # its DELETED event, or the next sweep, removes it from the store
             if error.ambiguous:
-                self._unconfirmed[key] = _Unconfirmed(instance["metadata"]["uid"], wire(plan.status), plan.events)
+                metadata = instance["metadata"]
+                self._unconfirmed[key] = _Unconfirmed(
+                    metadata["uid"], metadata["resourceVersion"], wire(plan.status), plan.events
+                )
             raise
         if written is Written.WRITTEN:
+            self._unconfirmed.pop(key, None)  # it did not stand: this one was written in its place
             self._account(key, instance, plan.status)
             self._answered(INSTANCES, answer)
         return answer
@@ -161,10 +167,11 @@ class Reconciler:
                 self._recorder.emit(instance, notice, now)
 
     def _confirm(self, key: Key, instance: Mapping[str, Any]) -> None:
-        pending = self._unconfirmed.pop(key, None)
-        if pending is None or pending.uid != instance["metadata"]["uid"]:
+        pending, metadata = self._unconfirmed.get(key), instance["metadata"]
+        if pending is None or (pending.uid, pending.planned_from) == (metadata["uid"], metadata["resourceVersion"]):
             return
-        if instance.get("status") == pending.status:
+        del self._unconfirmed[key]
+        if metadata["uid"] == pending.uid and instance.get("status") == pending.status:
             for notice in pending.events:
                 self._recorder.emit(instance, notice, self._now())
 

@@ -19,7 +19,7 @@ from mlx_operator.act.status_writer import StatusWriter, wire
 from mlx_operator.act.tasks import TaskSender
 from mlx_operator.act.tokens import OperatorKey
 from mlx_operator.decide.actions import ApplyService, CreatePod, DeletePod, Notice, Plan, SendTask
-from mlx_operator.decide.observed import Observed
+from mlx_operator.decide.observed import Observed, RunnerView
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe.observer import Observer
 from mlx_operator.observe.shelf import Key
@@ -207,6 +207,30 @@ async def test_events_of_a_status_that_turns_out_to_stand_are_still_recorded(sce
     assert scene.events() == 1
 
 
+async def test_such_a_status_that_is_seen_only_at_the_next_conflict_still_has_its_events(scene: Scene) -> None:
+    said, other, quiet = Plan(Status(epoch=1), (), (NOTICE,)), Plan(Status(epoch=2)), Plan(Status(epoch=1))
+    scene.plans = [said, other, quiet]
+    scene.kube.after = failing(("patch", "modelinstances", 0))
+    scene.kube.before = failing(("get", "modelinstances", 0))
+    with pytest.raises(KubeError):
+        await scene.reconcile()
+    await scene.reconcile()
+    await scene.post_events()
+    assert scene.events() == 1
+
+
+async def test_events_of_a_status_that_had_to_be_written_again_are_recorded_once(scene: Scene) -> None:
+    scene.plans = [Plan(Status(epoch=1), (), (NOTICE,)), Plan(Status(epoch=1), (), (NOTICE,)), Plan(Status(epoch=1))]
+    scene.kube.before = failing(("patch", "modelinstances", 500))
+    with pytest.raises(KubeError):
+        await scene.reconcile()
+    for _ in range(3):
+        await scene.reconcile()
+    await scene.post_events()
+    (event,) = (item for place, item in scene.kube.objects.items() if place[0] == EVENTS.plural)
+    assert "series" not in event
+
+
 async def test_an_unchanged_status_is_not_written_and_the_actions_are_done(scene: Scene) -> None:
     stored = scene.kube.put(INSTANCES, instance(status=wire(Status(epoch=1))))
     scene.store.put(INSTANCES, stored)
@@ -355,6 +379,33 @@ async def test_an_undelivered_task_is_sent_again_after_a_back_off(scene: Scene) 
     gaps = [round(after - before, 1) for before, after in pairwise(times)]
     assert gaps == [0.2, 0.4, 0.8, 1.6]
     assert scene.runner.sent[0].task.name is TaskName.LOAD_MODEL
+
+
+async def test_an_answer_that_is_not_believed_is_not_asked_for_in_a_hot_loop(scene: Scene) -> None:
+    scene.store.put(PODS, pod())
+    scene.store.set_view("pod-0", RunnerView(report=report(incarnation="another"), connected=True))
+    scene.plans = [Plan(Status(epoch=1), (LOAD,))]
+    worker = asyncio.create_task(scene.reconciler.run_worker())
+    scene.queue.add(TINY)
+    await asyncio.sleep(10)
+    assert 2 <= len(scene.runner.sent) < 10
+    worker.cancel()
+    await asyncio.gather(worker, return_exceptions=True)
+
+
+async def test_nothing_is_kept_of_a_pod_that_went_while_a_task_was_under_way(scene: Scene) -> None:
+    scene.store.put(PODS, pod())
+    scene.runner.gate.clear()
+    scene.runner.errors = [RunnerError(0, "refused")]
+    scene.plans = [Plan(Status(epoch=1), (LOAD,))]
+    await scene.reconcile()
+    await asyncio.sleep(0)
+    scene.store.remove(PODS, "pod-0", "9")
+    scene.runner.gate.set()
+    await asyncio.sleep(0.1)
+    assert len(scene.runner.sent) == 1
+    assert not scene.sender._failures
+    assert not scene.sender._not_before
 
 
 async def test_a_planned_time_brings_the_instance_back(scene: Scene) -> None:

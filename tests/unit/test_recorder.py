@@ -94,6 +94,32 @@ async def test_transient_errors_are_repeated() -> None:
     assert _only(kube)["note"] == FAILED.note
 
 
+async def test_an_api_server_that_is_away_for_half_a_minute_costs_no_event() -> None:
+    kube, loop = FakeKube(), asyncio.get_running_loop()
+    began = loop.time()
+
+    def fail(verb: str, plural: str, name: str) -> None:
+        if loop.time() - began < 30:
+            raise KubeError(0, "ClientConnectorError", "refused")
+
+    kube.before = fail
+    await _posted(kube, 0)
+    assert _only(kube)["note"] == FAILED.note
+
+
+async def test_an_event_whose_former_one_goes_while_it_is_counted_is_recorded_anew() -> None:
+    kube = FakeKube()
+    await _posted(kube, 0)
+
+    def go(verb: str, plural: str, name: str) -> None:
+        if verb == "get":
+            kube.objects.clear()
+
+    kube.before = go
+    await _posted(kube, 5)
+    assert _only(kube)["eventTime"] == "2026-11-23T15:00:05.250000Z"
+
+
 async def test_a_refused_event_is_dropped_and_the_next_one_is_recorded() -> None:
     kube, errors = FakeKube(), iter([KubeError(422, "Invalid", "action: Required value")])
 

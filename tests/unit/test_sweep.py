@@ -100,6 +100,16 @@ async def test_a_failed_sweep_is_repeated_soon_and_removes_nothing(scene: Scene)
     running.cancel()
 
 
+async def test_what_a_sweep_found_before_it_failed_is_planned(scene: Scene) -> None:
+    scene.kube.put(PODS, pod())
+    scene.fail("nodes", 503)
+    running = asyncio.create_task(scene.sweeper().run())
+    await asyncio.sleep(120)
+    assert scene.sweeps() >= 3
+    assert scene.changes == [TINY]
+    running.cancel()
+
+
 async def test_the_replay_at_the_start_triggers_no_sweep(scene: Scene) -> None:
     sweeper = scene.sweeper()
     running = asyncio.create_task(sweeper.run())

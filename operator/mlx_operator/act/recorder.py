@@ -17,8 +17,10 @@ from mlx_operator_api import names
 MAX_NOTE_BYTES = 1024
 _MAX_INSTANCE = 128
 _WAITING = 1000
-_ATTEMPTS = 5
+_ATTEMPTS = 8
+"""With the pauses between them half a minute: an API server that starts anew costs no Event."""
 _FIRST_RETRY_SECONDS = 0.5
+_LONGEST_RETRY_SECONDS = 10.0
 _FLUSH_SECONDS = 0.5
 
 
@@ -79,7 +81,7 @@ class Recorder:
                     decision("event not recorded", level=logging.WARNING, error=error, **pending.about)
                     return
                 await asyncio.sleep(delay)
-                delay *= 2
+                delay = min(delay * 2, _LONGEST_RETRY_SECONDS)
             else:
                 return
 
@@ -94,7 +96,14 @@ class Recorder:
     async def _repeat(self, pending: _Pending) -> None:
         """The name is taken: count the repeat, unless it is our own earlier attempt that had been carried out."""
         name = pending.body["metadata"]["name"]
-        known = await self._kube.get(EVENTS, pending.namespace, name)
+        try:
+            known = await self._kube.get(EVENTS, pending.namespace, name)
+        except KubeError as error:
+            if error.status != 404:
+                raise
+            # It was old, and has just gone.
+            await self._kube.create(EVENTS, pending.namespace, pending.body)
+            return
         time = pending.body["eventTime"]
         series = known.get("series") or {}
         if time in (known.get("eventTime"), series.get("lastObservedTime")):

@@ -17,7 +17,7 @@ from mlx_operator.observe.runners import Urgency, receive, stranger
 from mlx_operator.observe.shelf import Key
 from mlx_operator.observe.store import Store
 from mlx_operator_api.runner import TaskName
-from mlx_operator_api.tasks import TaskAnswer, TaskPhase
+from mlx_operator_api.tasks import RunnerReport, TaskAnswer, TaskPhase
 
 FIRST_RETRY_SECONDS = 0.2
 LONGEST_RETRY_SECONDS = 5.0
@@ -77,6 +77,8 @@ class TaskSender:
 
     def _ended(self, key: Key, uid: str, task: asyncio.Task[None]) -> None:
         del self._under_way[uid]
+        if self._store.pod(uid) is None:
+            self.forget(uid)  # it went while the task was under way
         if task.cancelled():
             return
         if (error := task.exception()) is not None:
@@ -100,13 +102,21 @@ class TaskSender:
             decision(f"{task} not delivered", level=logging.WARNING, **about, status=error.status, why=str(error))
             self._back_off(action.pod_uid)
             return
-        self.forget(action.pod_uid)
         self._metrics.tasks.labels(task, answer.outcome.phase).inc()
         self._log(task, answer, about)
-        pod = self._store.pod(action.pod_uid)
-        if pod is not None and stranger(pod, answer.report) is None:
-            view, _ = receive(self._store.view(action.pod_uid), answer.report, self._now(), stream=False)
-            self._store.set_view(action.pod_uid, view)
+        if self._heard(action.pod_uid, answer.report):
+            self.forget(action.pod_uid)
+        else:
+            self._back_off(action.pod_uid)  # the next plan is the same, and comes at once
+
+    def _heard(self, uid: str, report: RunnerReport) -> bool:
+        """Keep the report in an answer, unless it is not of the runner that we know."""
+        pod = self._store.pod(uid)
+        if pod is None or stranger(pod, report) is not None:
+            return False
+        view, _ = receive(self._store.view(uid), report, self._now(), stream=False)
+        self._store.set_view(uid, view)
+        return view.report is not None and view.report.incarnation == report.incarnation
 
     def _back_off(self, uid: str) -> None:
         failures = self._failures[uid] = self._failures.get(uid, 0) + 1

@@ -93,6 +93,7 @@ class ReportStreams:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._metrics.bugs.inc()
             decision("bug in a report stream", level=logging.ERROR, error=error, traceback=True, pod_uid=uid)
+            self._lost(uid, f"the operator failed to read its reports: {describe(error)}")
 
     async def _follow(self, uid: str) -> None:
         delay, refused = FIRST_RETRY_SECONDS, 0

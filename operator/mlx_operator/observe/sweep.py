@@ -57,13 +57,12 @@ class Lister:
         self._scope = scope
         self._metrics = metrics
 
-    async def load(self) -> frozenset[Key]:
-        """List every kind; returns the instances for which anything was new.
+    async def load(self, touched: set[Key]) -> None:
+        """List every kind; adds the instances for which anything was new to `touched`, also where a later list fails.
 
         Raises:
             KubeError: with the kind in its message.
         """
-        touched: frozenset[Key] = frozenset()
         for resource, namespace, labels in self._scope.lists():
             try:
                 items, version = await self._kube.list(resource, namespace, labels=labels)
@@ -72,7 +71,6 @@ class Lister:
                 raise KubeError(error.status, error.reason, f"{what}: {error.message}") from error
             touched |= self._store.replace(resource, items, version, namespace)
             self._metrics.watched(resource.plural)
-        return touched
 
     async def seed(self) -> None:
         """The start barrier: the whole picture, or no operator. Waits for an API server that does not answer.
@@ -83,7 +81,7 @@ class Lister:
         delay = 0.2
         while True:
             try:
-                await self.load()
+                await self.load(set())  # at the start all are planned anyway
             except KubeError as error:
                 if error.status == 403:
                     raise StartError(
@@ -140,16 +138,20 @@ class Sweeper:
             delay = random.uniform(*self._period) if await self._sweep() else _RETRY_SECONDS  # noqa: S311
 
     async def _sweep(self) -> bool:
+        touched: set[Key] = set()
         try:
-            touched = await self._lister.load()
+            await self._lister.load(touched)
         except KubeError as error:
             self._metrics.sweeps.labels("failed").inc()
             decision("sweep failed", level=logging.WARNING, error=error)
             return False
-        self._metrics.sweeps.labels("done").inc()
-        for key in touched:
-            self._metrics.swept.inc()
-            self._changed(key)
-        if touched:
-            decision("sweep found changes", instances=len(touched))
-        return True
+        else:
+            self._metrics.sweeps.labels("done").inc()
+            return True
+        finally:
+            # Also of the lists before the one that failed: the next sweep finds nothing new in them.
+            for key in touched:
+                self._metrics.swept.inc()
+                self._changed(key)
+            if touched:
+                decision("sweep found changes", instances=len(touched))
