@@ -21,7 +21,7 @@ from .runner import RunnerState, TaskName, TaskRejected
 from .status import LastFailure
 
 PROTOCOL = 1
-"""Version of this protocol. A supervisor speaks one; the operator its own and the one before."""
+"""Version of this protocol. Operator and supervisor each speak their own and the one before."""
 HEARTBEAT_SECONDS = 5.0
 
 

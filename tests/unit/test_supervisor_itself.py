@@ -8,11 +8,12 @@ from typing import Any, cast
 import pytest
 
 from mlx_operator_api.conditions import Reason
+from mlx_operator_api.tasks import LoadModel, TaskRequest
 from mlx_runner.progress import Phase, Snapshot
 from mlx_runner.supervisor import supervisor as module
 from mlx_runner.supervisor.config import Config
 from mlx_runner.supervisor.runner import Runner
-from mlx_runner.supervisor.supervisor import Supervisor
+from mlx_runner.supervisor.supervisor import BadTaskError, Supervisor
 from mlx_runner.supervisor.watch import Process
 
 
@@ -60,3 +61,25 @@ async def test_a_bug_in_the_watch_is_logged_and_the_next_stall_is_still_seen(
     await asyncio.wait(watches(), timeout=30)
     await asyncio.sleep(0)
     assert not watches(), "one that was ended on purpose stays away"
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "words"),
+    [
+        (1, 0, "protocol 0 is not spoken here: this runner speaks 1"),
+        (1, 1, None),
+        (1, 2, "protocol 2 is not spoken here: this runner speaks 1"),
+        (3, 1, "protocol 1 is not spoken here: this runner speaks 2 and 3"),
+        (3, 2, None),
+        (3, 3, None),
+        (3, 4, "protocol 4 is not spoken here: this runner speaks 2 and 3"),
+    ],
+)
+async def test_tasks_of_its_own_protocol_and_the_one_before_are_understood(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, own: int, asked: int, words: str | None
+) -> None:
+    monkeypatch.setattr(module, "PROTOCOL", own)
+    strange = TaskRequest(protocol=asked, instance_uid="other", epoch=1, rank=0, task=LoadModel())
+    with pytest.raises(BadTaskError) as caught:
+        supervisor.handle(strange)
+    assert str(caught.value) == (words or "instanceUid 'other' is not this runner's: it is of 'mine'")

@@ -106,8 +106,11 @@ class Supervisor:
         return TaskAnswer(outcome=offer.outcome, report=self.machine.report)
 
     def _check(self, request: TaskRequest) -> None:
-        if request.protocol != PROTOCOL:
-            raise BadTaskError(f"protocol {request.protocol} is not spoken here: this runner speaks {PROTOCOL}")
+        # Version 1 is the first. An operator may be one release ahead of its runners, or behind.
+        spoken = range(max(1, PROTOCOL - 1), PROTOCOL + 1)
+        if request.protocol not in spoken:
+            speaks = " and ".join(str(version) for version in spoken)
+            raise BadTaskError(f"protocol {request.protocol} is not spoken here: this runner speaks {speaks}")
         if request.instance_uid != self.config.uid:
             raise BadTaskError(
                 f"instanceUid {request.instance_uid!r} is not this runner's: it is of {self.config.uid!r}"
