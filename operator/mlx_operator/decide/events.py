@@ -19,7 +19,7 @@ def tell(old: Status, situation: Situation, opened: Reason | None) -> tuple[Noti
     new, picture = situation.status, situation.picture
     return (
         *_epoch(old, new, picture, opened),
-        *_failures(old, situation),
+        *failures(old, situation),
         *_problems(old, new, situation),
         *_milestones(old, new, picture),
     )
@@ -38,7 +38,8 @@ def _epoch(old: Status, new: Status, picture: Picture, opened: Reason | None) ->
         yield Notice("Normal", Reason.EPOCH_STARTED, note, new.epoch, "StartEpoch")
 
 
-def _failures(old: Status, situation: Situation) -> Iterator[Notice]:
+def failures(old: Status, situation: Situation) -> Iterator[Notice]:
+    """A new failure of the group, and rejected tasks."""
     new = situation.status
     if new.history and (not old.history or old.history[0].epoch != new.history[0].epoch):
         last = new.history[0]

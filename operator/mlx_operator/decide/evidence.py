@@ -90,9 +90,7 @@ def _all(rank: Rank, epoch: int, picture: Picture, ended_by_us: bool) -> Iterato
     ):
         if evidence is not None:
             yield evidence
-    if picture.changing:
-        return
-    late = None if ended_by_us else _deadline(rank, epoch, picture)
+    late = None if ended_by_us or picture.changing else _deadline(rank, epoch, picture)
     late = late or _silence(rank, picture)
     if late is not None:
         yield late

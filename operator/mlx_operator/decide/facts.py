@@ -25,6 +25,8 @@ class Situation:
     status: Status
     """As this plan will write it, conditions aside."""
     problem: Problem | None
+    halted: bool = False
+    """The spec is refused: nothing starts again before it is corrected."""
 
     @property
     def failure(self) -> GroupFailure | LastFailure | None:
@@ -77,7 +79,8 @@ def failure_message(situation: Situation) -> str:
     spent = final is not None and final.reason.retry is not Retry.NEVER
     hint = Reason.RESTART_BUDGET_EXHAUSTED.remedy if spent else ""
     pod = status.runner(last.rank).pod if last.rank is not None else None
-    return clauses(last.message, restart.next_step(status, rules), remedy(last.reason, pod), hint)
+    step = "no restart before the spec is corrected" if situation.halted else restart.next_step(status, rules)
+    return clauses(last.message, step, remedy(last.reason, pod), hint)
 
 
 def _ready(s: Situation) -> Fact:

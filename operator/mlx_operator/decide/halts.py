@@ -1,39 +1,79 @@
 """When nothing is to be run: the spec cannot be used, or the instance is suspended."""
 
+from dataclasses import dataclass
+
 from mlx_operator_api import names
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState
+from mlx_operator_api.source import SourceKind
 from mlx_operator_api.status import ModelStatus, RunnerStatus, Status
 
-from . import children
+from . import children, events, facts, failure, runners, writes
 from .actions import Notice, Plan
 from .conditions import Fact
+from .facts import Situation
 from .messages import clauses
 from .observed import Manifest
 from .picture import Clock, Picture, Rank
+from .spec import Wanted
 from .stored import finish
 
 _C = ConditionType
 
 
-def refuse(instance: Manifest, old: Status, reason: Reason, words: str, clock: Clock) -> Plan:
-    """A spec that cannot be used: said, and nothing is changed. What runs keeps running."""
-    message = clauses(words, reason.remedy)
-    facts = {kind: _kept(old, kind) for kind in ConditionType}
-    facts[_C.READY] = Fact("False", reason, message)
-    facts[_C.STALLED] = Fact("True", reason, message)
-    facts[_C.RECONCILING] = Fact("False", reason, "nothing goes on until the spec is corrected: see Stalled")
-    status = finish(old, facts, old, instance["metadata"].get("generation", 0), clock)
-    notices = (Notice("Warning", reason, message, status.epoch, "Refuse"),) if _flipped(old, reason) else ()
-    return Plan(status, events=notices)
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """Why nothing can be run from the spec as it is."""
+
+    reason: Reason
+    words: str
 
 
-def suspend(picture: Picture, status: Status) -> Plan:
-    """`spec.suspend`: the pods drain and go; Service, Secret and history stay."""
+def unsupported(wanted: Wanted) -> Unusable | None:
+    """A valid spec that this release cannot follow."""
+    if wanted.source.kind is not SourceKind.HUB:
+        return None
+    words = f"spec.model.source: {wanted.spec.model.source}: this release cannot read hf:// sources"
+    return Unusable(Reason.SOURCE_UNSUPPORTED, words)
+
+
+def refuse(instance: Manifest, old: Status, past: Picture | None, fault: Unusable, clock: Clock) -> Plan:
+    """A spec that cannot be used: said, and nothing is changed. What runs keeps running, and is told as it is.
+
+    `past`: the group as status knows it, where there is one.
+    """
+    message = clauses(fault.words, fault.reason.remedy)
+    told: tuple[Notice, ...] = ()
+    status, known = old, {kind: _kept(old, kind) for kind in ConditionType}
+    if past is not None and any(record.pod_uid is not None for record in old.runners):
+        situation = _watched(past)
+        status, known = situation.status, dict(facts.all_of(situation))
+        told = tuple(events.failures(old, situation))
+    known[_C.READY] = Fact("False", fault.reason, message)
+    known[_C.STALLED] = Fact("True", fault.reason, message)
+    known[_C.RECONCILING] = Fact("False", fault.reason, "nothing goes on until the spec is corrected: see Stalled")
+    status = finish(status, known, old, instance["metadata"].get("generation", 0), clock)
+    said = (Notice("Warning", fault.reason, message, status.epoch, "Refuse"),) if _flipped(old, fault.reason) else ()
+    written = writes.worth_writing(old, status, clock)
+    return Plan(written, events=(*told, *said) if written is status else (), requeue_at=clock.requeue_at)
+
+
+def _watched(past: Picture) -> Situation:
+    """What becomes of a group whose spec was refused: a failure is recorded, but nothing starts again."""
+    status = failure.examine(past.recall(past.stored), past.stored)
+    status = status.model_copy(update={"next_restart_at": None})
+    status = runners.update(past.recall(status), status)
+    return Situation(past.recall(status), status, None, halted=True)
+
+
+def suspend(picture: Picture, status: Status, fault: Unusable | None) -> Plan:
+    """`spec.suspend`: the pods drain and go; Service, Secret and history stay. Also where the spec has a fault."""
     old, wanted = picture.stored, picture.wanted
     message = "spec.suspend is true: pods are removed; Service and history are kept; set it to false to start again"
+    if fault is not None:
+        message = clauses(message, f"but first correct the spec: {fault.words}")
     halted = Fact("False", Reason.SUSPENDED, message)
-    facts = {
+    known = {
         _C.READY: halted,
         _C.RECONCILING: Fact("False", Reason.SUSPENDED, "suspended: there is nothing to do"),
         _C.STALLED: Fact("False", Reason.SUSPENDED, "suspended: nothing is in the way"),
@@ -44,7 +84,7 @@ def suspend(picture: Picture, status: Status) -> Plan:
         _C.RUNNER_FAILED: _kept(old, _C.RUNNER_FAILED),
     }
     if wanted.world_size == 1:
-        facts[_C.CONNECTED] = Fact("True", Reason.SINGLE_RUNNER, "one runner: there is no group to form")
+        known[_C.CONNECTED] = Fact("True", Reason.SINGLE_RUNNER, "one runner: there is no group to form")
     status = status.model_copy(
         update={
             "endpoint": wanted.endpoint,
@@ -57,7 +97,7 @@ def suspend(picture: Picture, status: Status) -> Plan:
             "observed_restart": wanted.restart,
         }
     )
-    status = finish(status, facts, old, wanted.generation, picture.clock)
+    status = finish(status, known, old, wanted.generation, picture.clock)
     told = (Notice("Normal", Reason.SUSPENDED, message, old.epoch, "RemovePods"),)
     notices = told if _flipped(old, Reason.SUSPENDED) else ()
     return Plan(status, children.remove(picture), notices, picture.clock.requeue_at)

@@ -9,16 +9,15 @@ from dataclasses import replace
 from datetime import datetime
 
 from mlx_operator_api.conditions import Reason
-from mlx_operator_api.source import SourceKind
 from mlx_operator_api.status import Status
 
 from . import children, downloads, epoch, events, facts, failure, picture, problems, restart, runners, tasks, writes
 from .actions import Plan
 from .facts import Situation
-from .halts import refuse, suspend
+from .halts import Unusable, refuse, suspend, unsupported
 from .observed import Observed
 from .picture import Clock, Picture
-from .spec import InvalidSpecError, parse
+from .spec import InvalidSpecError, parse, remembered
 from .stored import finish, read
 
 
@@ -28,15 +27,25 @@ def plan(observed: Observed, now: datetime) -> Plan:
     if observed.instance["metadata"].get("deletionTimestamp"):
         # The garbage collector removes the children; they drain by themselves.
         return Plan(old)
+    fault: Unusable | None
     try:
         wanted = parse(observed.instance)
+        fault = unsupported(wanted)
     except InvalidSpecError as error:
-        return refuse(observed.instance, old, Reason.INVALID_SPEC, str(error), clock)
-    if wanted.source.kind is SourceKind.HUB:
-        words = f"spec.model.source: {wanted.spec.model.source}: this release cannot read hf:// sources"
-        return refuse(observed.instance, old, Reason.SOURCE_UNSUPPORTED, words, clock)
+        fault = Unusable(Reason.INVALID_SPEC, str(error))
+        known = remembered(observed.instance, old)
+        if known is None:
+            return refuse(observed.instance, old, None, fault, clock)
+        wanted = known
     view = picture.look(observed, wanted, old, clock)
-    status = old.model_copy(update={"restarts": restart.spent(old, wanted.restarts, clock.now)})
+    if fault is not None and not wanted.suspended:
+        return refuse(observed.instance, old, picture.former(view, changing=True), fault, clock)
+    return _follow(view, old, fault)
+
+
+def _follow(view: Picture, old: Status, fault: Unusable | None) -> Plan:
+    wanted = view.wanted
+    status = old.model_copy(update={"restarts": restart.spent(old, wanted.restarts, view.clock.now)})
     why = Reason.SUSPENDED if wanted.suspended else epoch.due(view, status)
     if why is not Reason.EPOCH_STARTED:
         # Where status knows of no epoch, or of an older one than the runners, its records prove nothing.
@@ -44,7 +53,7 @@ def plan(observed: Observed, now: datetime) -> Plan:
         status = failure.examine(past.recall(status), status)
         if why is not None and failure.unwritten(old, status):
             return _tell_first(past, status)
-    return suspend(view, status) if wanted.suspended else _go_on(view, status)
+    return suspend(view, status, fault) if wanted.suspended else _go_on(view, status)
 
 
 def _tell_first(past: Picture, status: Status) -> Plan:

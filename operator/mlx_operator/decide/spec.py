@@ -1,5 +1,6 @@
 """The desired state, parsed once: defaults applied, the source split, the annotations read."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from mlx_operator_api.modelinstance import (
     Deadlines,
     Spec,
 )
+from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import CreateRunner, Sharding
 
 from .observed import Manifest
@@ -109,6 +111,24 @@ def parse(instance: Manifest) -> Wanted:
     except ValueError as error:
         text = str(error)
         raise InvalidSpecError(text if text.startswith("spec.") else f"spec.model.source: {text}") from error
+
+
+def remembered(instance: Manifest, status: Status) -> Wanted | None:
+    """The group that status knows of, for a spec that cannot be used: what runs is looked after all the same.
+
+    Of the spec it takes what can be read by itself: `suspend`, `deadlines` and `restartPolicy`. None: nothing runs yet.
+    """
+    if status.model is None or status.model.source is None or not status.runners:
+        return None
+    raw = instance.get("spec") or {}
+    spec: dict[str, Any] = {"model": {"source": status.model.source}, "runners": len(status.runners)}
+    found = parse({**instance, "spec": spec})
+    for name in ("suspend", "deadlines", "restartPolicy"):
+        if name in raw:
+            with contextlib.suppress(InvalidSpecError):
+                found = parse({**instance, "spec": {**spec, name: raw[name]}})
+                spec[name] = raw[name]
+    return found
 
 
 def digest(data: Any) -> str:
