@@ -162,6 +162,20 @@ def test_a_manifest_is_checked_and_hashes_are_remembered(model: Path, monkeypatc
     assert refused(model)[0] is Reason.MODEL_CORRUPT
 
 
+@pytest.mark.parametrize("name", ["../secret", "sub/../../secret", "{outside}"])
+@pytest.mark.parametrize("listing", ["model.safetensors.index.json", "SHA256SUMS"])
+def test_a_list_that_names_a_file_outside_of_the_model_is_refused(model: Path, listing: str, name: str) -> None:
+    outside = model.parent / "secret"
+    write_weights(outside, {"a": (0, 4)})
+    name = name.format(outside=outside)
+    if listing == "SHA256SUMS":
+        digest = hashlib.sha256(outside.read_bytes()).hexdigest()
+        (model / listing).write_text(f"{digest}  {name}\n")
+    else:
+        (model / listing).write_text(json.dumps({"weight_map": {"a": name}}))
+    assert refused(model) == (Reason.MODEL_CORRUPT, f"{model / listing} names {name!r}, which is not inside {model}")
+
+
 def test_links_that_lead_nowhere_or_in_circles_are_told_and_never_crash(model: Path) -> None:
     target = model / "model-1.safetensors"
     target.unlink()

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 _BLOCK = 4 * 1024 * 1024
-_MANIFEST = "SHA256SUMS"
+MANIFEST = "SHA256SUMS"
 
 
 def manifest(directory: Path) -> dict[str, str]:
     """Name → hash from the directory's `SHA256SUMS` (as `sha256sum` writes it); empty where there is none."""
     try:
-        lines = (directory / _MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (directory / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return {}
     pairs = (line.split(maxsplit=1) for line in lines if line.strip() and not line.startswith("#"))

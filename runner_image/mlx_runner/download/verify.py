@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.tasks import ModelFacts
 
 from . import safetensors
-from .hashes import Hashes, manifest
+from .hashes import MANIFEST, Hashes, manifest
 from .result import ModelError
 
 CONFIG = "config.json"
@@ -80,6 +80,7 @@ def _weights(directory: Path, place: str) -> list[Path]:
             raise ModelError(Reason.MODEL_CORRUPT, f"{index} has no weight_map from tensors to files")
         for tensor, name in weight_map.items():
             expected.setdefault(name, set()).add(tensor)
+        _stay_inside(directory, index, expected)
     else:
         expected = {path.name: set() for path in directory.glob("model*.safetensors")}
     if not expected:
@@ -93,6 +94,14 @@ def _weights(directory: Path, place: str) -> list[Path]:
     for name, wanted in sorted(expected.items()):
         _check_file(directory / name, wanted)
     return [directory / name for name in sorted(expected)]
+
+
+def _stay_inside(directory: Path, source: Path, names: Iterable[str]) -> None:
+    """A model may come from anybody: what its lists name must not make us read other files of the container."""
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ModelError(Reason.MODEL_CORRUPT, f"{source} names {name!r}, which is not inside {directory}")
 
 
 def _check_file(path: Path, wanted: set[str]) -> None:
@@ -109,9 +118,10 @@ def _check_file(path: Path, wanted: set[str]) -> None:
 
 def _check_manifest(directory: Path, memory: Path, tell: Callable[[int], None]) -> dict[str, str]:
     wanted = manifest(directory)
+    _stay_inside(directory, directory / MANIFEST, wanted)
     missing = sorted(name for name in wanted if not (directory / name).is_file())
     if missing:
-        raise ModelError(Reason.MODEL_CORRUPT, f"{directory / missing[0]} is missing, SHA256SUMS lists it")
+        raise ModelError(Reason.MODEL_CORRUPT, f"{directory / missing[0]} is missing, {MANIFEST} lists it")
     total = sum((directory / name).stat().st_size for name in wanted) or 1
     done = 0
 
@@ -125,7 +135,7 @@ def _check_manifest(directory: Path, memory: Path, tell: Callable[[int], None]) 
         actual = hashes.sha256(directory / name, read)
         if actual != expected:
             raise ModelError(
-                Reason.MODEL_CORRUPT, f"{directory / name} has sha256 {actual[:16]}…, SHA256SUMS says {expected[:16]}…"
+                Reason.MODEL_CORRUPT, f"{directory / name} has sha256 {actual[:16]}…, {MANIFEST} says {expected[:16]}…"
             )
     return wanted
 
