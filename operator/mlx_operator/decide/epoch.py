@@ -165,6 +165,24 @@ def survivors(picture: Picture, status: Status) -> tuple[Rank, ...]:
     )
 
 
+def draining(picture: Picture, status: Status) -> bool:
+    """A pod of a healthy group is being deleted or evicted, and its engine still serves: requests may finish.
+
+    Nothing is delayed by it: the group cannot start again before that pod is gone.
+    """
+    failure = restart.open_failure(status)
+    if failure is None or failure.reason not in (Reason.POD_DELETED, Reason.EVICTED):
+        return False
+    reports = {rank.rank: rank.in_epoch(failure.epoch) for rank in picture.ranks if rank.alive and rank.pod is not None}
+    if len(reports) < len(picture.ranks) or any(r is None or r.state is RunnerState.FAILED for r in reports.values()):
+        return False
+    going = next((rank for rank in picture.ranks if rank.rank == failure.rank), None)
+    report = reports.get(failure.rank) if failure.rank is not None else None
+    if going is None or going.pod is None or report is None or report.state in ENDED:
+        return False
+    return (going.pod.deleting or going.pod.disruption != "") and not going.pod.over
+
+
 def _settled(picture: Picture, status: Status) -> bool:
     """The other engines of a failed epoch have said their last word; those of a planned restart have drained."""
     if not survivors(picture, status):

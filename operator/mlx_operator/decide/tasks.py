@@ -25,7 +25,7 @@ from mlx_operator_api.tasks import (
 
 from . import downloads, restart
 from .actions import SendTask
-from .epoch import survivors
+from .epoch import draining, survivors
 from .failure import pending
 from .picture import Picture, Rank, assigned, effective
 
@@ -44,12 +44,13 @@ def send(picture: Picture, status: Status) -> tuple[SendTask, ...]:
 
 
 def _endings(picture: Picture, status: Status) -> Iterator[SendTask]:
-    """Shutdown for engines of an epoch that is over; a planned end lets rank 0 finish its requests first."""
+    """Shutdown for engines of an epoch that is over; an end in good order lets rank 0 finish its requests first."""
     remaining = survivors(picture, status)
-    failed = restart.open_failure(status) is not None
-    drain = not failed and any(rank.rank == 0 for rank in remaining)
+    orderly = restart.open_failure(status) is None or draining(picture, status)
+    drain = orderly and any(rank.rank == 0 for rank in remaining)
     for rank in remaining:
-        if drain and rank.rank != 0:
+        if drain and (rank.rank != 0 or (rank.report is not None and rank.report.draining)):
+            # A pod that is being deleted drains by itself.
             continue
         grace = picture.wanted.deadlines.of("shutdown") if drain else 0.0
         if rank.report is not None and rank.report.state is not RunnerState.SHUTTING_DOWN:
