@@ -341,6 +341,9 @@ async def test_without_the_token_only_probes_and_metrics_answer(tmp_path: Path) 
                     assert response.status == 401
             async with pod.http.post(pod.url("/tasks"), headers=header, data="{}") as response:
                 assert response.status == 401
+        told = [line for line in pod.log.splitlines() if "requests without the right bearer token" in line]
+        assert len(told) == 1, "six refused requests are one warning"
+        assert "the last from 127." in told[0]
         async with pod.http.get(pod.url("/metrics"), headers={"Authorization": ""}) as response:
             assert 'mlx_runner_state{state="RunnerPending"} 1.0' in await response.text()
         assert (await pod.status("/healthz"), await pod.status("/readyz")) == (200, 503)

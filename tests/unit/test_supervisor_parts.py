@@ -17,7 +17,7 @@ from mlx_runner import channel
 from mlx_runner.supervisor import config, engine_process
 from mlx_runner.supervisor.cgroup import Cgroup
 from mlx_runner.supervisor.state_file import StateFile
-from mlx_runner.supervisor.tokens import authorized
+from mlx_runner.supervisor.tokens import Strangers, authorized
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -97,6 +97,19 @@ def test_only_the_token_is_authorized() -> None:
     assert authorized("bearer  secret ", "secret")
     for header in (None, "", "secret", "Bearer", "Bearer secre", "Basic secret", "Bearer secret2", "Bearer sécret"):
         assert not authorized(header, "secret")
+
+
+def test_wrong_tokens_are_told_once_a_minute_with_the_address(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    strangers = Strangers(lambda: now)
+    for seconds, peer in [(0.0, "10.0.0.1"), (1.0, "10.0.0.2"), (59.9, "10.0.0.3"), (60.0, "10.0.0.4"), (61.0, None)]:
+        now = seconds
+        strangers.refused(peer)
+    told = [record.getMessage().partition(";")[0] for record in caplog.records]
+    assert told == [
+        "requests without the right bearer token: 1, the last from 10.0.0.1",
+        "requests without the right bearer token: 3, the last from 10.0.0.4",
+    ]
 
 
 # -- the state file

@@ -12,7 +12,7 @@ from mlx_operator_api.tasks import HEARTBEAT_SECONDS, RunnerReport, TaskRequest
 from .http import SlowClientError, read_body, write
 from .metrics import Metrics
 from .supervisor import BadTaskError, StaleLeaderError, Supervisor
-from .tokens import authorized
+from .tokens import Strangers, authorized
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class Control:
     def __init__(self, supervisor: Supervisor, metrics: Metrics) -> None:
         self._supervisor = supervisor
         self._metrics = metrics
+        self._strangers = Strangers()
         self._ending = asyncio.Event()
         self._streams: set[asyncio.Queue[RunnerReport | None]] = set()
 
@@ -146,6 +147,7 @@ class Control:
 
     def _authorize(self, request: web.Request) -> None:
         if not authorized(request.headers.get("Authorization"), self._supervisor.config.token):
+            self._strangers.refused(request.remote)
             raise web.HTTPUnauthorized(
                 headers={"WWW-Authenticate": "Bearer"}, text="the bearer token is missing or wrong\n"
             )
