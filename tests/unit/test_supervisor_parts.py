@@ -1,5 +1,6 @@
 """Smaller parts of the supervisor: configuration, state file, orphans, tokens."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -35,7 +36,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def test_the_environment_becomes_a_configuration(environment: dict[str, str]) -> None:
-    settings = config.from_environment({**environment, config.ENV_GRACE: "45", config.ENV_ENGINE: "python 'a b.py'"})
+    settings = config.from_environment({**environment, names.ENV_GRACE: "45", config.ENV_ENGINE: "python 'a b.py'"})
     assert (settings.uid, settings.rank, settings.token, settings.grace_seconds) == ("uid-1", 2, "secret", 45.0)
     assert settings.engine_argv == ("python", "a b.py")
     assert settings.model_dir == Path(names.MODEL_MOUNT)
@@ -49,8 +50,8 @@ def test_the_environment_becomes_a_configuration(environment: dict[str, str]) ->
         ({names.ENV_RANK: "64"}, "it must be a number from 0 to 63"),
         ({names.ENV_TOKEN_FILE: "/nowhere"}, "cannot read the token file /nowhere"),
         ({names.ENV_STATE_DIR: "/nowhere"}, "MLX_RUNNER_STATE_DIR='/nowhere' is no writable directory"),
-        ({config.ENV_GRACE: "soon"}, "MLX_RUNNER_GRACE_SECONDS='soon' is no duration"),
-        ({config.ENV_GRACE: "nan"}, "MLX_RUNNER_GRACE_SECONDS='nan' is no duration"),
+        ({names.ENV_GRACE: "soon"}, "MLX_RUNNER_GRACE_SECONDS='soon' is no duration"),
+        ({names.ENV_GRACE: "nan"}, "MLX_RUNNER_GRACE_SECONDS='nan' is no duration"),
     ],
 )
 def test_a_bad_variable_is_one_sentence_that_names_it(
@@ -59,6 +60,17 @@ def test_a_bad_variable_is_one_sentence_that_names_it(
     with pytest.raises(config.ConfigError, match=r"^[^\n]*$") as caught:
         config.from_environment({**environment, **changes})
     assert message in str(caught.value)
+
+
+def test_the_name_of_each_environment_variable_stands_in_one_place() -> None:
+    root = Path(__file__).resolve().parents[2]
+    found: dict[str, list[str]] = {}
+    for part in ("api", "operator", "runner_image"):
+        for file in (root / part).rglob("*.py"):
+            for name in re.findall(r'"(MLX_(?:RUNNER|INSTANCE)_[A-Z_]*[A-Z])"', file.read_text(encoding="utf-8")):
+                found.setdefault(name, []).append(str(file.relative_to(root)))
+    assert found["MLX_RUNNER_GRACE_SECONDS"] == ["api/mlx_operator_api/names.py"]
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}
 
 
 def test_a_supervisor_without_its_environment_says_so_and_exits_2() -> None:

@@ -11,8 +11,6 @@ from mlx_operator_api import names
 
 ENV_BLAS = "MLX_RUNNER_BLAS"
 """Library to preload into the engine; MLX's CPU wheel brings only the reference BLAS."""
-ENV_GRACE = "MLX_RUNNER_GRACE_SECONDS"
-"""The pod's terminationGracePeriodSeconds."""
 ENV_ENGINE = "MLX_RUNNER_ENGINE"
 """Command line of another engine than ours, for tests."""
 _EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 (clients, probes and port-forward reach a pod by different addresses)
@@ -71,7 +69,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Config:
         state_dir=_directory(environment, names.ENV_STATE_DIR, defaults.state_dir),
         model_dir=Path(environment.get(names.ENV_MODEL_DIR) or defaults.model_dir),
         cache_dir=Path(environment.get(names.ENV_CACHE_DIR) or defaults.cache_dir),
-        grace_seconds=_seconds(environment, ENV_GRACE, defaults.grace_seconds),
+        grace_seconds=_seconds(environment, names.ENV_GRACE, defaults.grace_seconds),
         blas=Path(blas) if blas else None,
         engine_argv=tuple(shlex.split(engine)) if engine else defaults.engine_argv,
     )
