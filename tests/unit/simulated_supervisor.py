@@ -9,6 +9,7 @@ from mlx_operator_api.conditions import Reason
 from mlx_operator_api.runner import ENDED, TRANSITIONS, RunnerState, Standing, TaskName, judge
 from mlx_operator_api.status import LastFailure
 from mlx_operator_api.tasks import (
+    PROTOCOL,
     CreateRunner,
     ModelFacts,
     Predecessor,
@@ -33,6 +34,7 @@ class Supervisor:
     report: RunnerReport = field(init=False)
     outcomes: dict[TaskName, TaskOutcome] = field(default_factory=dict)
     rejections: list[TaskOutcome] = field(default_factory=list)
+    protocol: int = PROTOCOL
     running: TaskRequest | None = None
     download_fails: Reason | None = None
     sharding: Sharding = Sharding.PIPELINE
@@ -158,4 +160,5 @@ class Supervisor:
 
     def publish(self, **changes: Any) -> None:
         tasks = (*self.outcomes.values(), *self.rejections)
-        self.report = self.report.model_copy(update={**changes, "tasks": tasks, "seq": self.report.seq + 1})
+        always = {"tasks": tasks, "seq": self.report.seq + 1}
+        self.report = self.report.model_copy(update={"protocol": self.protocol, **changes, **always})

@@ -11,6 +11,7 @@ from mlx_operator_api import names
 from mlx_operator_api.runner import ORDER, RunnerState, Standing, judge
 from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import (
+    PROTOCOL,
     ConnectToGroup,
     DownloadModel,
     LoadModel,
@@ -146,6 +147,8 @@ def _to(picture: Picture, rank: Rank, epoch: int, task: Task, attempt: int = 1) 
         pod_uid=pod.uid,
         pod_ip=pod.ip,
         request=TaskRequest(
+            # Its own protocol or the one before: what is said is what the supervisor understands.
+            protocol=min(PROTOCOL, max(report.protocol, PROTOCOL - 1)),
             instance_uid=picture.wanted.uid,
             epoch=epoch,
             rank=rank.rank,
