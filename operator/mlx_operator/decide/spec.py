@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mlx_operator_api import names, source
 from mlx_operator_api.base import parse_time, seconds
@@ -74,8 +74,20 @@ class Wanted:
 
     @property
     def spec_hash(self) -> str:
-        """Hash of what an epoch is started with: another one means that a new epoch is due."""
-        return digest(self.runner.model_dump(mode="json", by_alias=True))
+        """Hash of what an epoch is started with: another one means that a new epoch is due.
+
+        Only what the user set: a field or a default that a later release brings restarts no model.
+        """
+        runner, spec = self.runner, self.spec
+        inputs: dict[str, Any] = {
+            "worldSize": runner.world_size,
+            "sharding": runner.sharding,
+            "source": runner.source,
+            "servedName": runner.served_name,
+            "serving": _set_by_user(spec.serving, runner.serving),
+            "deadlines": _set_by_user(spec.deadlines, runner.deadlines),
+        }
+        return digest({name: value for name, value in inputs.items() if value != {}})
 
     def deadline(self, name: str) -> timedelta:
         """One of `spec.deadlines`."""
@@ -141,6 +153,11 @@ def time_of(value: Any) -> datetime | None:
     """A time of the API server."""
     parsed = parse_time(value)
     return parsed if isinstance(parsed, datetime) else None
+
+
+def _set_by_user(given: BaseModel | None, told: BaseModel) -> dict[str, Any]:
+    """Of what the runner is told, the fields that the spec sets: in the runner's units, so that `60s` is `1m`."""
+    return {name: getattr(told, name) for name in type(told).model_fields if getattr(given, name, None) is not None}
 
 
 def _runner(spec: Spec, name: str, deadlines: Deadlines) -> CreateRunner:
