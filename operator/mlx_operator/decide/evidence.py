@@ -1,7 +1,7 @@
 """What went wrong with one rank of an epoch: from its own report, its pod, its node, or its silence."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from mlx_operator_api.conditions import Reason
@@ -52,6 +52,8 @@ class Evidence:
     diagnostics: tuple[str, ...] = ()
     accused: int | None = None
     """The rank that a PeerLost names."""
+    tentative: bool = False
+    """News that is due may explain it: the deletion of a pod may be watched after its SIGTERM was reported."""
 
     @property
     def strength(self) -> int:
@@ -60,8 +62,8 @@ class Evidence:
 
     @property
     def weak(self) -> bool:
-        """Known to be a consequence of something else."""
-        return self.strength == _WEAK
+        """A consequence of something else, or possibly one: others are heard first."""
+        return self.strength == _WEAK or self.tentative
 
 
 def strength(reason: Reason) -> int:
@@ -73,6 +75,12 @@ def better(new: Evidence, old_reason: Reason, old_rank: int | None) -> bool:
     """Whether new evidence replaces the recorded cause: stronger, and not somebody else's later trouble."""
     old = strength(old_reason)
     return new.strength < old and (old > _GENERIC or (old == _GENERIC and new.rank == old_rank))
+
+
+def explains(new: Evidence, known: LastFailure) -> bool:
+    """Whether the rank's pod tells why its supervisor was told to stop."""
+    told = known.reason is Reason.CONTAINER_CRASHED and known.state in (RunnerState.SHUTTING_DOWN, RunnerState.SHUTDOWN)
+    return told and new.reason in (Reason.POD_DELETED, Reason.EVICTED, Reason.NODE_LOST)
 
 
 def diagnose(rank: Rank, epoch: int, picture: Picture, *, ended_by_us: bool) -> Evidence | None:
@@ -130,7 +138,9 @@ def _report(rank: Rank, epoch: int, ended_by_us: bool) -> Evidence | None:
     if report.state is RunnerState.FAILED and report.failure is not None:
         return _from_failure(rank, report.failure, report.peer)
     if report.state in (RunnerState.SHUTTING_DOWN, RunnerState.SHUTDOWN) and not ended_by_us:
-        return _make(rank, Reason.EVICTED, "its supervisor was told to stop (SIGTERM)", report.since)
+        what = "its supervisor was told to stop (SIGTERM) although nobody deletes its pod"
+        told = _make(rank, Reason.CONTAINER_CRASHED, what, report.since, report.state)
+        return replace(told, tentative=True)
     return None
 
 

@@ -31,7 +31,7 @@ def examine(picture: Picture, status: Status) -> Status:
     found = [e for rank in suspects if (e := evidence.diagnose(rank, epoch, picture, ended_by_us=known is not None))]
     if not found:
         return status
-    status = _note(picture, status, epoch, found)
+    status = _note(picture, status, epoch, found, recorded=known is not None)
     if known is not None:
         return _improve(picture, status, known, found, members)
     cause = _root(picture, status, found)
@@ -55,20 +55,22 @@ def pending(status: Status) -> LastFailure | None:
     return min(failed, key=lambda failure: failure.time, default=None)
 
 
-def _note(picture: Picture, status: Status, epoch: int, found: Sequence[Evidence]) -> Status:
+def _note(picture: Picture, status: Status, epoch: int, found: Sequence[Evidence], *, recorded: bool) -> Status:
     """Each failed rank's own `lastFailure`; one that is known stays unless the new evidence is stronger."""
     by_rank = {e.rank: e for e in found}
     return status.model_copy(
-        update={"runners": tuple(_noted(picture, r, epoch, by_rank.get(r.rank)) for r in status.runners)}
+        update={"runners": tuple(_noted(picture, r, epoch, by_rank.get(r.rank), recorded) for r in status.runners)}
     )
 
 
-def _noted(picture: Picture, record: RunnerStatus, epoch: int, found: Evidence | None) -> RunnerStatus:
+def _noted(picture: Picture, record: RunnerStatus, epoch: int, found: Evidence | None, recorded: bool) -> RunnerStatus:
     if found is None or record.epoch != epoch:
         return record
     known = record.last_failure
     same = known is not None and known.epoch == epoch and record.state is RunnerState.FAILED
-    if known is not None and same and found.strength >= evidence.strength(known.reason):
+    # Once the failure of the group is recorded, a pod may be deleted because of it: that explains nothing.
+    explained = known is not None and same and not recorded and evidence.explains(found, known)
+    if known is not None and same and found.strength >= evidence.strength(known.reason) and not explained:
         return record
     failure = LastFailure(
         epoch=epoch,
@@ -107,7 +109,8 @@ def _record(
 ) -> Status:
     rules = picture.wanted.restarts
     seed = f"{picture.wanted.uid}/{status.epoch}"
-    verdict = restart.decide(cause.reason, status.restarts, rules, seed, picture.clock)
+    free = restart.free_of_late(status.history, rules, picture.clock.now)
+    verdict = restart.decide(cause.reason, status.restarts, rules, seed, picture.clock, free)
     failure = GroupFailure(
         epoch=status.epoch,
         time=picture.clock.stamp,
@@ -161,6 +164,8 @@ def _decide_again(picture: Picture, status: Status, old: Reason, new: Reason) ->
         return status
     spent = status.restarts - (1 if restart.counts(old) and scheduled else 0)
     seed = f"{picture.wanted.uid}/{status.history[0].epoch}"
-    verdict = restart.decide(new, max(0, spent), picture.wanted.restarts, seed, picture.clock)
+    rules = picture.wanted.restarts
+    free = restart.free_of_late(status.history[1:], rules, picture.clock.now)
+    verdict = restart.decide(new, max(0, spent), rules, seed, picture.clock, free)
     grown = status.epoch if scheduled or verdict.at is None else _after(picture, status.epoch)
     return status.model_copy(update={"restarts": verdict.restarts, "next_restart_at": verdict.at, "epoch": grown})

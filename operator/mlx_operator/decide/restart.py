@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -28,15 +29,27 @@ def counts(reason: Reason) -> bool:
     return reason.retry in (Retry.RESTART, Retry.WAIT, Retry.NONE)
 
 
-def decide(reason: Reason, restarts: int, rules: RestartRules, seed: str, clock: Clock) -> Verdict:
-    """Judge a failure after `restarts` counted ones; `seed` (uid and epoch) makes the jitter repeatable."""
+def decide(reason: Reason, restarts: int, rules: RestartRules, seed: str, clock: Clock, free: int = 0) -> Verdict:
+    """Judge a failure after `restarts` counted ones and `free` that spent no budget: both wait longer each time.
+
+    `seed` (uid and epoch) makes the jitter repeatable.
+    """
     if reason.retry is Retry.NEVER:
         return Verdict(restarts, None)
     if not counts(reason):
-        return Verdict(restarts, clock.stamp)
+        return Verdict(restarts, _after(clock, backoff(free, rules, seed)))
     if restarts >= rules.max_restarts:
         return Verdict(restarts, None)
-    return Verdict(restarts + 1, clock.stamp + timedelta(seconds=math.ceil(backoff(restarts, rules, seed))))
+    return Verdict(restarts + 1, _after(clock, backoff(restarts, rules, seed)))
+
+
+def _after(clock: Clock, delay: float) -> datetime:
+    return clock.stamp + timedelta(seconds=math.ceil(delay))
+
+
+def free_of_late(history: Sequence[GroupFailure], rules: RestartRules, now: datetime) -> int:
+    """How many failures within the window spent no budget, of those that history holds."""
+    return sum(not counts(failure.reason) and now - failure.time < rules.reset_after for failure in history)
 
 
 def backoff(restarts: int, rules: RestartRules, seed: str) -> float:
