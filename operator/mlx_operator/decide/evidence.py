@@ -1,6 +1,7 @@
 """What went wrong with one rank of an epoch: from its own report, its pod, its node, or its silence."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -8,7 +9,7 @@ from mlx_operator_api.conditions import Reason
 from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS
 from mlx_operator_api.runner import RunnerState, TaskName
 from mlx_operator_api.status import LastFailure
-from mlx_operator_api.tasks import TaskPhase
+from mlx_operator_api.tasks import RunnerReport, TaskPhase
 
 from . import picture as pictures
 from .messages import clock_time, evidence_line, listed, one_line, signal_name
@@ -24,6 +25,7 @@ _DEADLINES = {
 }
 _TAINTED = "DeletionByTaintManager"
 """Why the node's taints end a pod: all that is known of a lost node by who may not read nodes."""
+_NAMED = re.compile(r"\brank ([0-9]+)\b")
 _WEAK, _VAGUE, _GENERIC, _SPECIFIC = 4, 3, 2, 1
 _STRENGTH = {
     Reason.PEER_LOST: _WEAK,
@@ -51,7 +53,7 @@ class Evidence:
     signal: str | None = None
     diagnostics: tuple[str, ...] = ()
     accused: int | None = None
-    """The rank that a PeerLost names."""
+    """The rank that a PeerLost or a ConnectTimeout names."""
     tentative: bool = False
     """News that is due may explain it: the deletion of a pod may be watched after its SIGTERM was reported."""
 
@@ -71,9 +73,24 @@ def strength(reason: Reason) -> int:
     return _STRENGTH.get(reason, _SPECIFIC)
 
 
-def better(new: Evidence, old_reason: Reason, old_rank: int | None) -> bool:
-    """Whether new evidence replaces the recorded cause: stronger, and not somebody else's later trouble."""
+def nearest(found: Sequence[Evidence]) -> Evidence:
+    """The evidence nearest to a root cause; the word of a rank that others only wait for goes before theirs."""
+    best = min(found, key=lambda e: (e.strength, e.time, e.rank))
+    if best.reason is not Reason.CONNECT_TIMEOUT:
+        return best
+    accused = {e.accused for e in found if e.reason is Reason.CONNECT_TIMEOUT}
+    own = [e for e in found if e.rank in accused and e.strength == best.strength and e.reason is not best.reason]
+    return min(own, key=lambda e: (e.time, e.rank), default=best)
+
+
+def better(new: Evidence, old_reason: Reason, old_rank: int | None, found: Sequence[Evidence] = ()) -> bool:
+    """Whether new evidence replaces the recorded cause: stronger, and not somebody else's later trouble.
+
+    A ConnectTimeout also yields to the equally strong word of the rank that it waits for.
+    """
     old = strength(old_reason)
+    if old_reason is Reason.CONNECT_TIMEOUT and new.reason is not old_reason and new.strength == old:
+        return any(e.rank == old_rank and e.accused == new.rank for e in found)
     return new.strength < old and (old > _GENERIC or (old == _GENERIC and new.rank == old_rank))
 
 
@@ -136,12 +153,24 @@ def _report(rank: Rank, epoch: int, ended_by_us: bool) -> Evidence | None:
     if report is None:
         return None
     if report.state is RunnerState.FAILED and report.failure is not None:
-        return _from_failure(rank, report.failure, report.peer)
+        return _from_failure(rank, report.failure, _accused(report.failure.reason, report, report.failure.message))
     if report.state in (RunnerState.SHUTTING_DOWN, RunnerState.SHUTDOWN) and not ended_by_us:
         what = "its supervisor was told to stop (SIGTERM) although nobody deletes its pod"
         told = _make(rank, Reason.CONTAINER_CRASHED, what, report.since, report.state)
         return replace(told, tentative=True)
     return None
+
+
+def _accused(reason: Reason, report: RunnerReport | None, message: str) -> int | None:
+    """The rank that a consequence blames: the report's word, else the one that the message names."""
+    if reason not in (Reason.PEER_LOST, Reason.CONNECT_TIMEOUT):
+        return None
+    if report is not None and report.peer is not None:
+        return report.peer
+    if report is not None and report.waiting_for:
+        return report.waiting_for[0]
+    named = _NAMED.search(message)
+    return int(named[1]) if named else None
 
 
 def _from_failure(rank: Rank, failure: LastFailure, accused: int | None) -> Evidence:
@@ -174,7 +203,7 @@ def _container(rank: Rank, epoch: int, picture: Picture) -> Evidence | None:
     oom = ended is not None and ended.reason == "OOMKilled"
     if before is not None and before.epoch == epoch:
         if before.failure is not None and not oom:
-            return _from_failure(rank, before.failure, None)
+            return _from_failure(rank, before.failure, _accused(before.failure.reason, None, before.failure.message))
         state = before.state
     else:
         state = record.state
@@ -220,7 +249,8 @@ def _deadline(rank: Rank, epoch: int, picture: Picture) -> Evidence | None:
         return None
     progress = f" at {rank.record.progress}" if rank.record.progress else ""
     text = f"{what} within {limit.total_seconds():g} s{progress}, and its supervisor did not end it"
-    return _make(rank, reason, text, picture.clock.now, state)
+    late = _make(rank, reason, text, picture.clock.now, state)
+    return replace(late, accused=_accused(reason, rank.in_epoch(epoch), ""))
 
 
 def _rejected(rank: Rank, epoch: int, picture: Picture) -> Evidence | None:

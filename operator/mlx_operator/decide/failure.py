@@ -94,7 +94,7 @@ def _message(picture: Picture, found: Evidence) -> str:
 
 def _root(picture: Picture, status: Status, found: Sequence[Evidence]) -> Evidence | None:
     """The cause: a rank whose own reason is not PeerLost, earliest first; PeerLost only after a wait."""
-    best = min(found, key=lambda e: (e.strength, e.time, e.rank))
+    best = evidence.nearest(found)
     if not best.weak:
         return best
     accused = next((rank for e in found for rank in picture.ranks if rank.rank == e.accused), None)
@@ -143,8 +143,8 @@ def _improve(
     picture: Picture, status: Status, known: GroupFailure, found: Sequence[Evidence], members: Sequence[Rank]
 ) -> Status:
     """Better evidence replaces the cause; what was decided from the old one is decided again."""
-    best = min(found, key=lambda e: (e.strength, e.time, e.rank))
-    if not evidence.better(best, known.reason, known.rank):
+    best = evidence.nearest(found)
+    if not evidence.better(best, known.reason, known.rank, found):
         return status
     failure = known.model_copy(
         update={
