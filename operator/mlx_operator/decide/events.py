@@ -39,15 +39,14 @@ def _epoch(old: Status, new: Status, picture: Picture, opened: Reason | None) ->
 
 
 def failures(old: Status, situation: Situation) -> Iterator[Notice]:
-    """A new failure of the group, and rejected tasks."""
+    """A new failure of the group, a better cause of it, and rejected tasks."""
     new = situation.status
-    if new.history and (not old.history or old.history[0].epoch != new.history[0].epoch):
+    reason = _cause_told(old, new)
+    if reason is not None:
         last = new.history[0]
         record = new.runner(last.rank) if last.rank is not None else None
         related = (record.pod, record.pod_uid) if record and record.pod and record.pod_uid else None
-        yield Notice(
-            "Warning", Reason.RUNNER_FAILED, failure_message(situation), last.epoch, "RestartGroup", related, last.rank
-        )
+        yield Notice("Warning", reason, failure_message(situation), last.epoch, "RestartGroup", related, last.rank)
     for record in new.runners:
         failure, known = record.last_failure, old.runner(record.rank).last_failure
         if failure is not None and failure.reason is Reason.TASK_REJECTED and failure != known:
@@ -55,6 +54,19 @@ def failures(old: Status, situation: Situation) -> Iterator[Notice]:
             yield Notice(
                 "Warning", Reason.TASK_REJECTED, failure.message, failure.epoch, "RejectTask", related, record.rank
             )
+
+
+def _cause_told(old: Status, new: Status) -> Reason | None:
+    """The reason of the Event that a failure needs: one for each, and another one where a better cause replaces it.
+
+    An Event's note cannot be changed, so the better cause has its own, named after it.
+    """
+    if not new.history or (old.history and new.history == old.history):
+        return None
+    if not old.history or old.history[0].epoch != new.history[0].epoch:
+        return Reason.RUNNER_FAILED
+    before, now = old.history[0], new.history[0]
+    return now.reason if (before.reason, before.rank) != (now.reason, now.rank) else None
 
 
 def _problems(old: Status, new: Status, situation: Situation) -> Iterator[Notice]:
