@@ -1,6 +1,8 @@
 """A pod of a healthy group is taken away (a node drain): running requests may finish, and nothing waits for more."""
 
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -95,3 +97,30 @@ def test_a_pod_that_was_taken_away_from_an_idle_group_is_replaced_without_any_wa
     see(cluster)
     cluster.run(until=cluster.ready)
     assert (cluster.now - before).total_seconds() < 10
+
+
+@pytest.mark.parametrize("stuck", [0, 1])
+@pytest.mark.parametrize(("spec", "seconds"), [({}, 40), ({"deadlines": {"shutdown": "90s"}}, 100)])
+def test_a_planned_restart_waits_for_an_engine_that_does_not_end_no_longer_than_its_deadline_and_ten_seconds(
+    spec: dict[str, Any], seconds: int, stuck: int
+) -> None:
+    cluster = ready(2, **spec)
+    cluster.change(serving={"maxQueue": 1})
+    cluster.reconcile()
+    begun = cluster.now
+    for rank in (0, 1):
+        ended = RunnerState.SHUTTING_DOWN if rank == stuck else RunnerState.SHUTDOWN
+        cluster.supervisor(rank).running = None
+        cluster.supervisor(rank).publish(state=ended, group="absent")
+    while (cluster.now - begun).total_seconds() < seconds - 2:
+        cluster.wait(1)
+        cluster.hear_all()
+        cluster.reconcile()
+    assert [record.epoch for record in cluster.status.runners] == [1, 1]
+    made = cluster.reconcile()
+    assert made.requeue_at is not None
+    assert made.requeue_at <= begun + timedelta(seconds=seconds)
+    cluster.run()
+    assert cluster.ready()
+    assert cluster.status.epoch == 2
+    assert not cluster.status.history

@@ -3,6 +3,7 @@
 from datetime import timedelta
 
 from mlx_operator_api.conditions import ConditionType, Reason
+from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS
 from mlx_operator_api.runner import ENDED, RunnerState
 from mlx_operator_api.status import ModelStatus, RunnerStatus, Status
 
@@ -184,8 +185,18 @@ def draining(picture: Picture, status: Status) -> bool:
 
 
 def _settled(picture: Picture, status: Status) -> bool:
-    """The other engines of a failed epoch have said their last word; those of a planned restart have drained."""
+    """The other engines of a failed epoch have said their last word; those of a planned restart have drained.
+
+    Both have their time: CreateRunner ends what is left.
+    """
     if not survivors(picture, status):
         return True
     failure = restart.open_failure(status)
-    return failure is not None and picture.clock.passed(failure.time + timedelta(seconds=SETTLE_SECONDS))
+    if failure is not None:
+        return picture.clock.passed(failure.time + timedelta(seconds=SETTLE_SECONDS))
+    # Ready is False since the epoch was opened, or longer: then there were no requests to finish.
+    ready = picture.stored.condition(ConditionType.READY)
+    if ready is None or ready.status == "True":
+        return False
+    limit = picture.wanted.deadline("shutdown") + timedelta(seconds=OPERATOR_GRACE_SECONDS)
+    return picture.clock.passed(ready.last_transition_time + limit)
