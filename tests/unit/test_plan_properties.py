@@ -96,6 +96,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.just(lambda c: c.catch_up()),
     st.sampled_from([1, 2, 3]).map(lambda n: lambda c: c.change(runners=n)),
     st.booleans().map(lambda b: lambda c: c.change(suspend=b)),
+    st.sampled_from(["pvc://models/tiny", "hf://a/b", "s3://a/b"]).map(lambda s: lambda c: c.change(model={"source": s})),
     st.integers(1, 3).map(lambda n: lambda c: c.change(serving={"maxQueue": n})),
     st.integers(1, 3).map(lambda n: lambda c: c.annotate(names.RETRY_ANNOTATION, str(n))),
     st.integers(1, 3).map(lambda n: lambda c: c.annotate(names.RESTART_ANNOTATION, str(n))),
@@ -113,8 +114,7 @@ def test_whatever_happens_the_group_ends_ready_or_stalled_with_a_reason_and_rest
     for event in story:
         event(cluster)
     heal(cluster)
-    if cluster.instance["spec"].get("suspend"):
-        cluster.change(suspend=False)
+    cluster.change(suspend=False, model={"source": "pvc://models/tiny"})
     cluster.run(3600)
     assert cluster.ready() or cluster.stalled(), cluster.status.brief
     if cluster.stalled():

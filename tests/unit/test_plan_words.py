@@ -2,14 +2,15 @@
 
 # ruff: noqa: E501 (the texts are compared word by word)
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
 from mlx_operator.decide.observed import Refusal
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState
-from mlx_operator_api.status import MAX_MESSAGE
-from tests.unit.scenes import ready, see
+from mlx_operator_api.status import MAX_MESSAGE, LastFailure
+from tests.unit.scenes import condition, ready, see
 from tests.unit.simulator import START, Cluster
 from tests.unit.test_plan_problems import WORDS, crash, placed, waiting
 from tests.unit.test_plan_startup import until
@@ -315,3 +316,26 @@ def test_what_is_stalled_says_what_to_do(scene: Callable[[], Cluster]) -> None:
     if stalled.status == "True":
         assert stalled.reason.remedy
         assert status.brief[-1].startswith("do: ")
+
+
+@pytest.mark.parametrize(
+    ("said", "state", "told"),
+    [
+        ("engine killed by signal 9 (SIGKILL) in RunnerRunning", RunnerState.READY, " in RunnerRunning;"),
+        ("engine exited with code 1 in RunnerLoading at 3/12 layers: no room", RunnerState.LOADING, "no room;"),
+        ("engine used no CPU for 5 s while computing in RunnerRunning, step 7", RunnerState.RUNNING, "step 7;"),
+        ("connection reset by rank 0", RunnerState.READY, "by rank 0, in RunnerReady;"),
+    ],
+)
+def test_the_state_of_a_failure_is_named_exactly_once(said: str, state: RunnerState, told: str) -> None:
+    cluster = ready()
+    failure = LastFailure(epoch=1, time=cluster.now, state=state, reason=Reason.ENGINE_CRASHED, message=said)
+    cluster.supervisor(1).publish(state=RunnerState.FAILED, since=cluster.now, failure=failure, group="absent")
+    recorded, noted = see(cluster), cluster.status.runner(1).last_failure
+    message = condition(cluster, ConditionType.RUNNER_FAILED).message
+    assert told in message
+    assert noted is not None
+    for text in (message, recorded.message, noted.message):
+        assert sum(text.count(name) for name in RunnerState) == 1, text
+        words = text.split()
+        assert not [one for one, following in pairwise(words) if one == following]
