@@ -96,7 +96,9 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.just(lambda c: c.catch_up()),
     st.sampled_from([1, 2, 3]).map(lambda n: lambda c: c.change(runners=n)),
     st.booleans().map(lambda b: lambda c: c.change(suspend=b)),
-    st.sampled_from(["pvc://models/tiny", "hf://a/b", "s3://a/b"]).map(lambda s: lambda c: c.change(model={"source": s})),
+    st.sampled_from(["pvc://models/tiny", "hf://a/b", "s3://a/b"]).map(
+        lambda s: lambda c: c.change(model={"source": s})
+    ),
     st.integers(1, 3).map(lambda n: lambda c: c.change(serving={"maxQueue": n})),
     st.integers(1, 3).map(lambda n: lambda c: c.annotate(names.RETRY_ANNOTATION, str(n))),
     st.integers(1, 3).map(lambda n: lambda c: c.annotate(names.RESTART_ANNOTATION, str(n))),
