@@ -104,6 +104,10 @@ class Instance:
             if not p["metadata"].get("deletionTimestamp")
         }
 
+    def uids(self) -> dict[int, str]:
+        """Pod uids by rank: another uid is another pod."""
+        return {rank: pod["metadata"]["uid"] for rank, pod in self.pods().items()}
+
     def describe(self) -> str:
         """What the on-call engineer reads."""
         return self.kubectl.run("describe", names.KIND, self.name, "-n", self.namespace, check=False)

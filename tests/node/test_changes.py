@@ -9,10 +9,6 @@ from tests.node.instance import Instance
 from tests.node.kube import wait_for
 
 
-def uids(instance: Instance) -> dict[int, str]:
-    return {rank: pod["metadata"]["uid"] for rank, pod in instance.pods().items()}
-
-
 def spec(instance: Instance, **changes: Any) -> None:
     instance.kubectl.patch("mi", instance.name, instance.namespace, {"spec": changes})
 
@@ -21,11 +17,11 @@ def test_a_new_sharding_is_a_new_epoch_in_the_same_pods(
     cluster: Any, create: Callable[..., Instance], questions: Questions
 ) -> None:
     instance = create("reshard", runners=2, sharding="Pipeline")
-    epoch, pods = instance.wait_ready()["epoch"], uids(instance)
+    epoch, pods = instance.wait_ready()["epoch"], instance.uids()
     spec(instance, sharding="Tensor")
     status = instance.wait_ready(epoch=epoch + 1)
     assert status["epoch"] == epoch + 1
-    assert uids(instance) == pods, "a new sharding needs no new pod"
+    assert instance.uids() == pods, "a new sharding needs no new pod"
     assert not status.get("history"), "a change of the spec is no failure"
     question, answer = next(iter(questions.answers.items()))
     with client(cluster, instance) as llm:
@@ -52,10 +48,10 @@ def test_runners_can_be_added_and_taken_away(
 
 def test_new_resources_replace_the_pods(create: Callable[..., Instance]) -> None:
     instance = create("regrow", runners=2)
-    epoch, pods = instance.wait_ready()["epoch"], uids(instance)
+    epoch, pods = instance.wait_ready()["epoch"], instance.uids()
     spec(instance, runner={"resources": {"limits": {"memory": "900Mi"}}})
     status = instance.wait_ready(epoch=epoch + 1)
-    assert not set(uids(instance).values()) & set(pods.values())
+    assert not set(instance.uids().values()) & set(pods.values())
     assert {p["spec"]["containers"][0]["resources"]["limits"]["memory"] for p in instance.pods().values()} == {"900Mi"}
     assert status.get("restarts", 0) == 0
 
@@ -82,7 +78,7 @@ def test_suspend_removes_the_pods_and_resume_serves_again(
 
 def test_labels_and_annotations_of_the_instance_restart_nothing(cluster: Any, create: Callable[..., Instance]) -> None:
     instance = create("label", runners=1)
-    before, pods = instance.wait_ready(), uids(instance)
+    before, pods = instance.wait_ready(), instance.uids()
     cluster.settle()
     mark = cluster.audit.mark()
     metadata = {"metadata": {"labels": {"team": "blue"}, "annotations": {"note": "hello"}}}
@@ -90,4 +86,4 @@ def test_labels_and_annotations_of_the_instance_restart_nothing(cluster: Any, cr
     cluster.quiet(seconds=5)
     assert not cluster.writes(mark)
     assert instance.status()["epoch"] == before["epoch"]
-    assert uids(instance) == pods
+    assert instance.uids() == pods

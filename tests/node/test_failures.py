@@ -65,10 +65,6 @@ class Chatter(threading.Thread):
         self.join(100)
 
 
-def uids(instance: Instance) -> dict[int, str]:
-    return {rank: pod["metadata"]["uid"] for rank, pod in instance.pods().items()}
-
-
 def first_failed_write(cluster: Any, instance: Instance) -> datetime | None:
     """Time, by the API server's clock, of the first status write that says RunnerFailed=True."""
     for write in cluster.status_writes(instance.namespace, instance.name):
@@ -89,7 +85,7 @@ def pair(create: Callable[..., Instance]) -> Instance:
 def test_a_killed_engine_is_named_within_a_second_and_the_same_pods_answer_again(
     cluster: Any, pair: Instance, questions: Questions, rank: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, pods = pair.status(), uids(pair)
+    before, pods = pair.status(), pair.uids()
     question, answer = next(iter(questions.answers.items()))
     chatter = Chatter(cluster, pair, question)
     chatter.start()
@@ -107,7 +103,7 @@ def test_a_killed_engine_is_named_within_a_second_and_the_same_pods_answer_again
     chatter.finish()
     assert chatter.errors, "no running request was told of the failure"
     assert all("SIGKILL" in str(e) or "rank 1 lost" in str(e) for e in chatter.errors), chatter.errors
-    assert uids(pair) == pods, "pods were replaced"
+    assert pair.uids() == pods, "pods were replaced"
     assert status["epoch"] == before["epoch"] + 1
     assert status["restarts"] == 1
     failure = status["runners"][rank]["lastFailure"]
@@ -134,13 +130,13 @@ def test_a_killed_engine_is_named_within_a_second_and_the_same_pods_answer_again
 
 
 def test_a_deleted_pod_is_replaced_and_said_to_be_deleted(cluster: Any, pair: Instance, questions: Questions) -> None:
-    before, pods = pair.status(), uids(pair)
+    before, pods = pair.status(), pair.uids()
     pair.kubectl.run("delete", "pod", f"{pair.name}-1", "-n", pair.namespace, "--wait=false")
     status = pair.wait_ready(epoch=before["epoch"] + 1)
     assert status["history"][0]["reason"] == Reason.POD_DELETED
     assert status["history"][0]["rank"] == 1
     assert status.get("restarts", 0) == 0, "a deleted pod must not spend the budget"
-    now = uids(pair)
+    now = pair.uids()
     assert now[0] == pods[0] and now[1] != pods[1]
     question, answer = next(iter(questions.answers.items()))
     with client(cluster, pair) as llm:
@@ -150,10 +146,10 @@ def test_a_deleted_pod_is_replaced_and_said_to_be_deleted(cluster: Any, pair: In
 def test_a_container_killed_whole_is_reported_by_its_successor_in_the_same_pod(
     cluster: Any, pair: Instance, questions: Questions
 ) -> None:
-    before, pods = pair.status(), uids(pair)
+    before, pods = pair.status(), pair.uids()
     kill_container(cluster, pair, 1)
     status = pair.wait_ready(epoch=before["epoch"] + 1)
-    assert uids(pair) == pods
+    assert pair.uids() == pods
     failure = status["runners"][1]["lastFailure"]
     assert failure["reason"] in (Reason.CONTAINER_CRASHED, Reason.OUT_OF_MEMORY)
     assert failure["state"] in ("RunnerReady", "RunnerRunning")

@@ -27,10 +27,6 @@ PHASES = [
 ]
 
 
-def uids(instance: Instance) -> dict[int, str]:
-    return {rank: pod["metadata"]["uid"] for rank, pod in instance.pods().items()}
-
-
 def restart(instance: Instance, value: str) -> None:
     """A new epoch in the same pods, by annotation."""
     patch = {"metadata": {"annotations": {names.RESTART_ANNOTATION: value}}}
@@ -58,7 +54,7 @@ def test_the_operator_killed_in_any_phase_loses_nothing_and_starts_nothing_twice
             status = instance.wait_ready(epoch=epoch + 1, meanwhile=one_engine_each)
             assert status["epoch"] == epoch + 1, f"killed in {phase}: an epoch more than was asked for"
             assert not status.get("history"), f"killed in {phase}: {status['history']}"
-            assert uids(instance) == {rank: pod["metadata"]["uid"] for rank, pod in pods.items()}
+            assert instance.uids() == {rank: pod["metadata"]["uid"] for rank, pod in pods.items()}
             epoch = status["epoch"]
             with capsys.disabled():
                 print(f"\n  operator killed in {phase}; the next one found {where[-1]}", end="")
