@@ -23,6 +23,11 @@ def assert_reads_well(instance: Instance, reason: Reason, *words: str) -> None:
 def test_an_image_that_cannot_be_pulled_is_told_with_the_registrys_words(create: Callable[..., Instance]) -> None:
     instance = create("nopull", runners=2, runner={"image": "registry.invalid/mlx-runner:none"})
     instance.wait_condition(ConditionType.READY, "False", Reason.IMAGE_PULL_FAILED)
+    # Each node asks the registry at its own pace, so either rank may be the first that is told of.
+    instance.wait(
+        "both ranks' pulls have failed",
+        lambda status: any("the same on 2 ranks" in c["message"] for c in status["conditions"] if c["type"] == "Ready"),
+    )
     assert_reads_well(instance, Reason.IMAGE_PULL_FAILED, "rank 0/2", "nopull-0", "registry.invalid/mlx-runner:none")
 
 

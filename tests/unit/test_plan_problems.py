@@ -79,6 +79,24 @@ def test_a_pull_error_is_told_in_the_registrys_words_without_flapping() -> None:
     assert [e.reason for e in cluster.events].count(Reason.IMAGE_PULL_FAILED) == 1
 
 
+def test_a_pull_error_of_all_ranks_stays_the_same_while_the_kubelet_has_no_words() -> None:
+    cluster = placed()
+    for rank in (0, 1):
+        waiting(cluster, "ErrImagePull", WORDS, rank)
+    cluster.reconcile()
+    told = condition(cluster, ConditionType.STALLED).message
+    assert told.startswith("rank 0/2 pod tiny-0 on node n1: ")
+    assert told.count("the same on 2 ranks") == 1
+    patches = len(cluster.patches)
+    for silent in ((0, 1), (0,), (1,)):
+        for rank in (0, 1):
+            waiting(cluster, "ImagePullBackOff", "" if rank in silent else WORDS, rank)
+        cluster.wait(30)
+        cluster.reconcile()
+        assert condition(cluster, ConditionType.STALLED).message == told
+    assert len(cluster.patches) == patches
+
+
 def test_a_model_image_that_cannot_be_pulled_points_at_the_source() -> None:
     cluster = Cluster(model={"source": "oci://registry.example/tiny:1"})
     cluster.reconcile()

@@ -33,6 +33,7 @@ _PULL_PREFIX = re.compile(
 )
 _CLAIM = re.compile(r"persistentvolumeclaim|PersistentVolumeClaim")
 _MOUNT = re.compile(r"MountVolume|Unable to attach or mount|FailedMount|AttachVolume|not found|sandbox")
+_ALIKE = re.compile(r"; the same on \d+ ranks$")
 _NO_IMAGE_VOLUME = re.compile(r"must specify (a|one) volume type|ImageVolumeMountFailed|image volumes? .*not support")
 
 
@@ -64,7 +65,12 @@ def find(picture: Picture, status: Status) -> Problem | None:
         return None
     first = min(found, key=lambda p: (not p.stalled, p.reason.ordinal, -1 if p.rank is None else p.rank))
     alike = sum(p.reason is first.reason for p in found)
-    return first if alike < 2 else replace(first, what=clauses(first.what, f"the same on {alike} ranks"))
+    return first if alike < 2 else replace(first, what=clauses(first.what, _alike(alike)))
+
+
+def _alike(ranks: int) -> str:
+    """The clause that `_ALIKE` finds."""
+    return f"the same on {ranks} ranks"
 
 
 def _all(picture: Picture, status: Status) -> Iterator[Problem]:
@@ -177,12 +183,15 @@ def _pull(rank: Rank, pod: PodView, picture: Picture) -> Problem:
     notes = (_PULL_PREFIX.sub("", note) for note in rank.notes if "pull" in note)
     words = words or next((note for note in notes if note), "") or box.waiting
     known = picture.stored.condition(ConditionType.SCHEDULED)
-    if words == box.waiting and known is not None and known.reason is Reason.IMAGE_PULL_FAILED:
-        return Problem(ConditionType.SCHEDULED, known.reason, known.message, stalled=True, rank=rank.rank)
     source, remedy = picture.wanted.source, None
     if source.kind is SourceKind.IMAGE and source.name in box.message:
         remedy = messages.MODEL_IMAGE_REMEDY
-    return _problem(picture, rank, Reason.IMAGE_PULL_FAILED, words, stalled=True, remedy=remedy)
+    found = _problem(picture, rank, Reason.IMAGE_PULL_FAILED, words, stalled=True, remedy=remedy)
+    if words == box.waiting and known is not None and known.reason is found.reason:
+        told, advice = messages.split_advice(known.message, found.reason, [pod.name])
+        if told.startswith(found.what.removesuffix(words)):
+            return replace(found, what=_ALIKE.sub("", told), advice=advice)
+    return found
 
 
 def _crashing(rank: Rank, pod: PodView, picture: Picture) -> Problem | None:
