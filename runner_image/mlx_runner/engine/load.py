@@ -17,12 +17,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes, dequantize_model, load_model
 
 from mlx_operator_api.conditions import Reason
+from mlx_operator_api.layers import Span
 from mlx_operator_api.tasks import Sharding
 from mlx_runner.channel import LayerLoaded, Load, Loaded
 
 from . import imports, pipeline, weights
 from .failures import EngineError
-from .pipeline import Span
 
 _DEFAULT_CONTEXT = 4096
 """For a model whose configuration names no limit."""

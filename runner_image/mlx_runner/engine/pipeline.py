@@ -5,13 +5,13 @@ neither. mlx-lm's own pipelines exist for few architectures, keep everything on 
 collective.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_operator_api.conditions import Reason
+from mlx_operator_api.layers import Span, TooFewLayersError, split
 
 from .failures import EngineError
 
@@ -35,43 +35,16 @@ wrong: they are refused until a test holds them.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """The layers [start, end) of `total`, of one rank."""
-
-    start: int
-    end: int
-    total: int
-
-    @property
-    def first(self) -> bool:
-        """Holds the embedding."""
-        return self.start == 0
-
-    @property
-    def last(self) -> bool:
-        """Holds norm and head."""
-        return self.end == self.total
-
-    def __str__(self) -> str:
-        return f"{self.start}-{self.end - 1}"
-
-
 def span(total: int, rank: int, world_size: int) -> Span:
-    """The layers of a rank. Rank 0 also has norm and head, so where it is uneven the higher ranks get one more.
+    """The layers of a rank.
 
     Raises:
         EngineError: fewer layers than ranks.
     """
-    if total < world_size:
-        message = (
-            f"the model has {total} layers, too few for a pipeline of {world_size} ranks: use at most {total} runners"
-        )
-        raise EngineError(Reason.MODEL_UNSUPPORTED, message)
-    base, extra = divmod(total, world_size)
-    counts = [base + (r >= world_size - extra) for r in range(world_size)]
-    start = sum(counts[rank + 1 :])
-    return Span(start, start + counts[rank], total)
+    try:
+        return split(total, world_size)[rank]
+    except TooFewLayersError as error:
+        raise EngineError(Reason.MODEL_UNSUPPORTED, str(error)) from error
 
 
 def architecture(model_class: type) -> str:
