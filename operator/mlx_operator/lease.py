@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_operator.act.kube import Kube, KubeError, Manifest
 from mlx_operator.act.resources import LEASES
-from mlx_operator.errors import StartError
+from mlx_operator.errors import Refusals, StartError
 from mlx_operator.logs import decision
 
 
@@ -79,13 +79,14 @@ class Lease:
         Raises:
             StartError: we may not use the Lease.
         """
-        told = ""
+        told, refusals = "", Refusals()
         while True:
             try:
                 held_by = await self._try()
                 self.readable = True
+                refusals.clear()
             except KubeError as error:
-                if error.status == 403:
+                if error.status == 403 and refusals.final():
                     raise StartError(
                         f"RBAC does not let the operator use Lease {self._namespace}/{self._name} ({error.message}): "
                         "install the chart's Role and binding, or correct --namespace and --lease-name"

@@ -16,7 +16,7 @@ from mlx_operator.act.kube import Kube, KubeError, configuration
 from mlx_operator.act.tokens import OperatorKey, UnusableKeyError, operator_key
 from mlx_operator.controller import Configuration, Controller, wall_clock
 from mlx_operator.decide.observed import Settings
-from mlx_operator.errors import StartError
+from mlx_operator.errors import Refusals, StartError
 from mlx_operator.lease import Lease, Timing, first_transitions, lead
 from mlx_operator.logs import decision
 from mlx_operator.metrics import Metrics
@@ -140,11 +140,12 @@ class Process:
 
 
 async def _key(kube: Kube, options: Options) -> OperatorKey:
+    refusals = Refusals()
     while True:
         try:
             return await operator_key(kube, options.namespace, options.key_secret)
         except KubeError as error:
-            if not error.transient:
+            if not error.transient and refusals.final():
                 raise StartError(f"Secret {options.namespace}/{options.key_secret}: {error}") from error
             decision("waiting for the API server", level=logging.WARNING, error=error)
             await asyncio.sleep(_RETRY_SECONDS)

@@ -35,7 +35,7 @@ SERVICE_ACCOUNTS = Resource("", "v1", "serviceaccounts", "ServiceAccount")
 Manifest = dict[str, Any]
 
 
-async def eventually(check: Callable[[], Awaitable[Any]], what: str, seconds: float = 30.0) -> Any:
+async def eventually(check: Callable[[], Awaitable[Any]], what: str, seconds: float = 90.0) -> Any:
     """Wait until `check` returns something true, and return that; what it last returned is in the failure."""
     deadline = time.monotonic() + seconds
     while True:
@@ -103,7 +103,7 @@ class OperatorProcess:
         async def seeded() -> bool:
             return "msg=seeded" in self.lines()
 
-        await eventually(seeded, "the operator leads", 20)
+        await eventually(seeded, "the operator leads")
 
     def lines(self) -> str:
         """Its log."""
@@ -149,7 +149,7 @@ class World:
         started = OperatorProcess(process, log, port)
         self._operators.append(started)
         if ready:
-            await eventually(started.ready, f"the operator is ready\n{log}", 40)
+            await eventually(started.ready, f"the operator is ready\n{log}")
         return started
 
     @asynccontextmanager
@@ -175,7 +175,7 @@ class World:
         try:
             for instance in (await self.kube.list(INSTANCES, self.namespace))[0]:
                 await self.delete(instance["metadata"]["name"])
-            await eventually(self._no_pods, "all pods are gone", 60)
+            await eventually(self._no_pods, "all pods are gone")
         finally:
             for operator in self._operators:
                 await operator.kill()
@@ -214,7 +214,7 @@ class World:
                 raise
 
     async def until(
-        self, check: Callable[[Manifest], bool], what: str, *, name: str = "tiny", seconds: float = 60.0
+        self, check: Callable[[Manifest], bool], what: str, *, name: str = "tiny", seconds: float = 120.0
     ) -> Manifest:
         """Wait for a state of an instance; returns it."""
         seen: Manifest = {}
@@ -235,7 +235,7 @@ class World:
             raise AssertionError(f"{error}\nstatus: {status}\noperators:\n{tails}") from None
         return seen
 
-    async def until_ready(self, name: str = "tiny", *, seconds: float = 60.0) -> Manifest:
+    async def until_ready(self, name: str = "tiny", *, seconds: float = 120.0) -> Manifest:
         """Wait for Ready=True of the present generation."""
         return await self.until(is_ready, f"{name} is Ready", name=name, seconds=seconds)
 

@@ -65,7 +65,7 @@ async def test_a_frozen_supervisor_is_unreachable_and_its_group_recovers(place: 
         await place.until(recorded, "rank 1 is unreachable", seconds=40)
     finally:
         frozen.send_signal(signal.SIGCONT)
-    await place.until(lambda i: is_ready(i) and i["status"]["epoch"] > 1, "Ready again", seconds=90)
+    await place.until(lambda i: is_ready(i) and i["status"]["epoch"] > 1, "Ready again")
 
 
 async def test_a_deleted_pod_is_replaced(place: World) -> None:
@@ -74,19 +74,24 @@ async def test_a_deleted_pod_is_replaced(place: World) -> None:
     await place.until_ready()
     (victim,) = (pod for pod in await place.pods() if pod["metadata"]["name"] == "tiny-1")
     await place.kube.delete(PODS, place.namespace, "tiny-1", uid=victim["metadata"]["uid"])
-    after = await place.until(again_in(2), "Ready again in epoch 2", seconds=90)
+    after = await place.until(again_in(2), "Ready again in epoch 2")
     assert after["status"]["history"][0]["reason"] == Reason.POD_DELETED
 
 
 async def test_the_operator_outlives_the_api_server(place: World) -> None:
-    operator = await place.operator()
+    # Without a Lease, which a slow machine may take longer to give back than its deadline is.
+    operator = await place.operator("--no-leader-elect")
     await place.create()
     await place.until_ready()
     await asyncio.to_thread(place.server.stop_apiserver)
     place.kubelet.kill_engine("tiny-1")
-    await asyncio.sleep(3)  # shorter than the renew deadline: the same leader goes on
+
+    async def noticed() -> bool:
+        return "reconcile failed, will be repeated" in operator.lines()
+
+    await eventually(noticed, "the failure cannot be written")
     await asyncio.to_thread(place.server.start_apiserver)
-    await place.until(again_in(2), "Ready again in epoch 2", seconds=90)
+    await place.until(again_in(2), "Ready again in epoch 2")
     assert operator.process.returncode is None
 
 
@@ -99,7 +104,7 @@ async def test_an_operator_that_lost_its_lease_to_a_long_outage_ends_and_its_suc
     assert await asyncio.wait_for(operator.process.wait(), 30) == 1
     await asyncio.to_thread(place.server.start_apiserver)
     await place.operator()
-    await place.until(again_in(2), "Ready again in epoch 2", seconds=90)
+    await place.until(again_in(2), "Ready again in epoch 2")
 
 
 async def test_other_writers_cost_no_status_and_no_event(place: World) -> None:
@@ -159,7 +164,7 @@ async def test_a_foreign_service_under_our_name_is_named_and_left_alone(place: W
     left = await place.kube.get(SERVICES, place.namespace, "tiny")
     assert left["spec"]["selector"] == {"app": "theirs"}
     await place.kube.delete(SERVICES, place.namespace, "tiny", uid=made["metadata"]["uid"])
-    await place.until_ready(seconds=90)
+    await place.until_ready()
 
 
 async def test_a_quota_is_told_in_the_api_servers_words_and_its_end_is_noticed(place: World) -> None:
@@ -182,7 +187,7 @@ async def test_a_quota_is_told_in_the_api_servers_words_and_its_end_is_noticed(p
     said = await place.until(refused, "the refusal is shown")
     assert "exceeded quota: tight" in condition(said, ConditionType.READY)["message"]
     await place.kube.delete(QUOTAS, place.namespace, "tight", uid=made["metadata"]["uid"])
-    await place.until_ready(seconds=90)
+    await place.until_ready()
 
 
 async def test_a_service_that_somebody_deleted_is_made_again(place: World) -> None:
@@ -211,7 +216,7 @@ async def test_a_suspended_instance_gives_its_pods_back_and_resumes(place: World
     async def no_pods() -> bool:
         return not await place.pods()
 
-    await eventually(no_pods, "the pods are gone", 60)
+    await eventually(no_pods, "the pods are gone")
     await place.kube.merge_patch(INSTANCES, place.namespace, "tiny", {"spec": {"suspend": False}})
     instance = await place.until_ready()
     assert instance["status"]["epoch"] == 2

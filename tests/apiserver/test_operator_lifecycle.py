@@ -61,7 +61,7 @@ async def test_an_instance_that_is_deleted_leaves_no_child_in(place: World, phas
     async def gone() -> bool:
         return await place.children() == []
 
-    await eventually(gone, "no child is left", 40)
+    await eventually(gone, "no child is left")
 
 
 async def test_one_runner_needs_no_group(place: World) -> None:

@@ -75,7 +75,7 @@ async def test_a_deletion_while_no_operator_runs_leaves_no_child(place: World) -
     async def gone() -> bool:
         return await place.children() == []
 
-    await eventually(gone, "no child is left", 40)
+    await eventually(gone, "no child is left")
     await place.operator()
     await place.settled()
     assert await place.children() == []

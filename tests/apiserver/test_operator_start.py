@@ -16,7 +16,7 @@ ROLE_BINDINGS = Resource("rbac.authorization.k8s.io", "v1", "rolebindings", "Rol
 async def refused(place: World, *flags: str) -> str:
     """The last line of an operator that must end with exit code 1."""
     operator = await place.operator(*flags, ready=False)
-    assert await asyncio.wait_for(operator.process.wait(), 30) == 1, operator.lines()
+    assert await asyncio.wait_for(operator.process.wait(), 90) == 1, operator.lines()
     assert "Traceback" not in operator.lines()
     return operator.lines().strip().splitlines()[-1]
 

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_operator.act.kube import KubeError
 from mlx_operator.act.resources import LEASES
-from mlx_operator.errors import StartError
+from mlx_operator.errors import REFUSAL_SECONDS, StartError
 from mlx_operator.lease import Lease, Timing, first_transitions, lead
 from tests.unit.fakekube import FakeKube
 from tests.unit.manifests import NOW
@@ -308,6 +308,16 @@ async def test_missing_permissions_end_the_start_with_a_sentence() -> None:
     kube.before = refuse(403)
     with pytest.raises(StartError, match="Lease system/mlx-operator"):
         await candidate(kube, "a").acquire()
+
+
+async def test_an_api_server_that_has_not_read_its_roles_yet_is_waited_for() -> None:
+    kube = FakeKube()
+    kube.before = refuse(403)
+    acquiring = asyncio.create_task(candidate(kube, "a").acquire())
+    await asyncio.sleep(REFUSAL_SECONDS / 2)
+    assert not acquiring.done()
+    kube.before = lambda verb, plural, name: None
+    assert await asyncio.wait_for(acquiring, 10)
 
 
 async def test_of_two_candidates_at_once_one_leads() -> None:

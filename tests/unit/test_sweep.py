@@ -7,7 +7,7 @@ import pytest
 
 from mlx_operator.act.kube import KubeError
 from mlx_operator.act.resources import INSTANCES, NODES, PODS
-from mlx_operator.errors import StartError
+from mlx_operator.errors import REFUSAL_SECONDS, StartError
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe.shelf import Key
 from mlx_operator.observe.store import Store
@@ -69,10 +69,16 @@ async def test_what_no_waiting_helps_ends_the_start(scene: Scene, plural: str, s
         await scene.lister.seed()
 
 
-async def test_an_api_server_that_does_not_answer_is_waited_for(scene: Scene) -> None:
-    scene.fail("services", 0)
+@pytest.mark.parametrize(
+    ("plural", "status", "seconds"),
+    [("services", 0, 60), ("pods", 403, REFUSAL_SECONDS / 2), ("modelinstances", 404, REFUSAL_SECONDS / 2)],
+)
+async def test_an_api_server_that_does_not_answer_or_has_just_started_is_waited_for(
+    scene: Scene, plural: str, status: int, seconds: float
+) -> None:
+    scene.fail(plural, status)
     seeding = asyncio.create_task(scene.lister.seed())
-    await asyncio.sleep(60)
+    await asyncio.sleep(seconds)
     assert not seeding.done()
     scene.kube.before = lambda verb, plural, name: None
     await asyncio.wait_for(seeding, 10)

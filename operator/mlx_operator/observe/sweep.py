@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mlx_operator.act.kube import Kube, KubeError
 from mlx_operator.act.resources import INSTANCES, NODES, PODS, SERVICES, Resource
-from mlx_operator.errors import StartError
+from mlx_operator.errors import Refusals, StartError
 from mlx_operator.logs import decision
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe.shelf import Key
@@ -78,17 +78,18 @@ class Lister:
         Raises:
             StartError: permissions or the CRD are missing; no waiting helps.
         """
-        delay = 0.2
+        delay, refusals = 0.2, Refusals()
         while True:
             try:
                 await self.load(set())  # at the start all are planned anyway
             except KubeError as error:
-                if error.status == 403:
+                final = error.status in (403, 404) and refusals.final()
+                if error.status == 403 and final:
                     raise StartError(
                         f"RBAC does not let the operator see what it works on ({error.message}): "
                         "install the chart's ClusterRole and binding, or its Roles and --watch-namespace"
                     ) from error
-                if error.status == 404:
+                if error.status == 404 and final:
                     raise StartError(
                         f"the API server does not know ModelInstances ({error.message}): "
                         "install the CRD first (helm/mlx-operator-crds)"
