@@ -1,7 +1,9 @@
 """MLX and mlx-lm, imported the way a runner needs them: offline, quiet, and without their side effects."""
 
+import codecs
 import os
 import resource
+import threading
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,24 @@ _ENVIRONMENT = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_LOWEST = 19
+
+
+def import_quietly() -> None:
+    """The same while another engine serves: at the lowest priority, and that only until it is done.
+
+    A process may not raise its priority again, but a thread that is over has none: it imports, and this one stays as
+    it is. MLX itself (20 ms) is imported here, because its thread for computing comes with it.
+    """
+    import mlx.core  # noqa: F401
+
+    def quietly() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
+        import_all()
+
+    thread = threading.Thread(target=quietly, name="imports")
+    thread.start()
+    thread.join()
 
 
 def import_all() -> None:
@@ -25,6 +45,10 @@ def import_all() -> None:
     try:
         import mlx_lm.generate
         import mlx_lm.utils  # noqa: F401
+
+        from . import serving  # noqa: F401 (and with it every module of the engine)
+
+        codecs.lookup("idna")  # which Python would only read at the first connection
     finally:
         resource.setrlimit = original
 

@@ -6,6 +6,7 @@ once, and whoever asks for it again awaits the same end.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from mlx_operator_api.conditions import Reason, Retry
@@ -20,6 +21,7 @@ from . import diagnosis, evidence, ring
 from .config import Config
 from .diagnosis import Diagnosis
 from .engine_process import EngineProcess
+from .engines import spare_bytes
 from .machine import Machine, utc_now
 from .requests import Broker
 
@@ -37,7 +39,7 @@ _ANSWERS: dict[type, TaskName] = {
 
 
 class Runner:
-    """The runner of `epoch`. `on_gone` is called once, when its engine is dead and reaped."""
+    """The runner of `epoch`. `on_ready` is called once its engine serves, `on_gone` once it is dead and reaped."""
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class Runner:
         config: Config,
         machine: Machine,
         broker: Broker,
+        on_ready: Callable[[], None] = lambda: None,
         on_gone: Callable[[], None] = lambda: None,
     ) -> None:
         self.epoch = epoch
@@ -55,6 +58,7 @@ class Runner:
         self._config = config
         self._machine = machine
         self._broker = broker
+        self._on_ready = on_ready
         self._on_gone = on_gone
         self._deadline: asyncio.TimerHandle | None = None
         self._cleanup: asyncio.Task[None] | None = None
@@ -98,6 +102,7 @@ class Runner:
     def load(self, path: str) -> None:
         """Load the shard from a directory; answered by `Loaded`."""
         serving = self.facts.serving
+        limit = self._machine.report.memory_limit_bytes
         self._command(
             channel.Load(
                 path=path,
@@ -108,11 +113,18 @@ class Runner:
                 max_concurrent_requests=serving.max_concurrent_requests,
                 max_tokens=serving.max_tokens,
                 context_length=serving.context_length,
-                memory_limit_bytes=self._machine.report.memory_limit_bytes,
+                memory_limit_bytes=limit,
+                spare_bytes=self._reserve(limit),
             ),
             self.facts.deadlines.load,
             Reason.LOAD_TIMEOUT,
         )
+
+    def _reserve(self, limit: int | None) -> int:
+        if self.engine is None:
+            return 0
+        self.engine.reserved_bytes = spare_bytes(limit, self.engine.bare_bytes)
+        return self.engine.reserved_bytes
 
     def warm_up(self) -> None:
         """Run the first forward passes; answered by `WarmedUp`."""
@@ -191,12 +203,12 @@ class Runner:
         failure = LastFailure(
             epoch=self.epoch,
             time=utc_now(),
-            state=self._true_state(),
+            state=self.true_state(),
             reason=reason,
             message=message[:4096],
             exit_code=exit_.code if exit_ else None,
             signal=exit_.signal if exit_ else None,
-            diagnostics=tuple(line[: evidence.MAX_LINE] for line in diagnostics[:MAX_DIAGNOSTICS]),
+            diagnostics=tuple(line[: evidence.MAX_LINE] for line in (*self._where(), *diagnostics))[:MAX_DIAGNOSTICS],
         )
         log.error(f"runner failed: reason={reason} epoch={self.epoch} state={failure.state} peer={peer}: {message}")
         if self._machine.fail(self.epoch, failure, peer):
@@ -205,12 +217,19 @@ class Runner:
                 self._broker.give_up(message)
         self.retire(last_words)
 
-    def _true_state(self) -> RunnerState:
+    def true_state(self) -> RunnerState:
         """The state at this moment: a worker knows of no requests, but its engine has rows to compute."""
         state = self._machine.state
         if state is RunnerState.READY and self.engine is not None and self.engine.progress.phase is not Phase.IDLE:
             return RunnerState.RUNNING
         return state
+
+    def _where(self) -> tuple[str, ...]:
+        """Where the engine was, as one line of evidence; none of one that never began."""
+        last = self.engine.progress if self.engine else None
+        if last is None or not last.changed:
+            return ()
+        return (f"engine at step {last.steps}, last progress {max(0.0, time.monotonic() - last.changed):.1f} s ago",)
 
     def _on_exit(self, exit_: evidence.Exit) -> None:
         if self._ended:
@@ -218,11 +237,11 @@ class Runner:
         if self._ending or (exit_.code == 0 and self._machine.report.draining):
             self._broker.lose("the engine ended while the runner was shutting down")
             return
-        report = self._machine.report.model_copy(update={"state": self._true_state()})
+        report = self._machine.report.model_copy(update={"state": self.true_state()})
         self._blame(diagnosis.of_exit(exit_, report), exit_)
 
     def _blame(self, found: Diagnosis, exit_: evidence.Exit | None = None) -> None:
-        lines = exit_.stderr[-MAX_DIAGNOSTICS:] if exit_ else ()
+        lines = exit_.stderr[1 - MAX_DIAGNOSTICS :] if exit_ else ()
         self.fail(found.reason, found.message, exit_=exit_, peer=found.peer, diagnostics=lines)
 
     # -- events of the engine
@@ -272,6 +291,7 @@ class Runner:
                 self._machine.complete(self.epoch, name)
                 if self.engine is not None and self._config.rank == 0:
                     self._broker.open(self.engine.send, self.facts.serving)
+                self._on_ready()
 
     # -- deadlines
     def _command(self, command: channel.Command, seconds: float, reason: Reason) -> None:
