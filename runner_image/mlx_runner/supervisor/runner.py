@@ -7,6 +7,7 @@ once, and whoever asks for it again awaits the same end.
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from mlx_operator_api.conditions import Reason, Retry
 from mlx_operator_api.names import ring_port
@@ -52,6 +53,8 @@ class Runner:
         self.epoch = epoch
         self.facts = facts
         self.engine: EngineProcess | None = None
+        self.model_path: Path | None = None
+        """Where the model is, once DownloadModel is done: LoadModel is accepted only then."""
         self._config = config
         self._machine = machine
         self._broker = broker
