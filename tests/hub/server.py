@@ -88,8 +88,10 @@ class Hub:
             request.host,
         )
         request[_SERVED] = served
-        if not request.path.startswith("/_"):
-            self.served.append(served)
+        if request.path.startswith("/_"):
+            own: web.StreamResponse = await handler(request)
+            return own
+        self.served.append(served)
         try:
             answer: web.StreamResponse = self._fault_answer(request) or await handler(request)
         except web.HTTPException as error:
