@@ -230,7 +230,7 @@ async def test_a_cache_that_is_too_small_is_told_with_the_numbers_before_anythin
 async def test_a_cache_that_cannot_be_written_is_told(pod: Pods) -> None:
     (pod.cache / "models--org--tiny").write_text("in the way")
     message = await (await pod.start()).refused(Reason.MODEL_UNREACHABLE)
-    assert message.startswith("the cache cannot be used: ")
+    assert message.startswith(f"the cache cannot be used by user {os.getuid()}: ")
 
 
 # -- two on one cache

@@ -108,6 +108,16 @@ async def test_what_is_there_is_not_fetched_again_and_a_known_commit_needs_no_hu
     assert await (await pod.start(revision=found.facts.revision)).found() == found
 
 
+async def test_a_list_that_somebody_else_left_in_a_shared_cache_leads_nowhere(pod: Pods) -> None:
+    found = await (await pod.start()).found()
+    (path,) = (pod.cache / ".locks/models--org--tiny").glob(f"*{found.facts.revision}.json")
+    known = json.loads(path.read_text())
+    known["files"].append({"name": "../../../../escaped.json", "size": 2, "etag": "0" * 64})
+    path.write_text(json.dumps(known))
+    assert await (await pod.start(revision=found.facts.revision)).found() == found
+    assert json.loads(path.read_text())["files"] == known["files"][:-1], "it was asked for again"
+
+
 async def test_a_pinned_commit_stays_when_the_branch_moves(pod: Pods, tmp_path: Path) -> None:
     first = repository(pod.hub).branches["main"]
     second = repository(pod.hub).push(write_repository(tmp_path / "newer", salt=100))

@@ -1,6 +1,7 @@
 """A model from the Hugging Face hub: one commit for all ranks, of its files those that this rank needs."""
 
 import hashlib
+import os
 import shutil
 import time
 from collections import deque
@@ -40,7 +41,8 @@ def fetch(request: Request, source: Source, say: Say) -> tuple[Path, ModelFacts]
     except OSError as error:
         # The cache's file system: answers with errors, is read-only, is not ours.
         place = error.filename or request.cache_dir
-        raise ModelError(Reason.MODEL_UNREACHABLE, f"the cache cannot be used: {place}: {error.strerror}") from error
+        words = f"the cache cannot be used by user {os.getuid()}: {place}: {error.strerror}"
+        raise ModelError(Reason.MODEL_UNREACHABLE, words) from error
 
 
 class _Fetch:

@@ -97,7 +97,7 @@ class Hub:
         siblings = {s.rfilename: s for s in found.siblings or () if isinstance(s.rfilename, str)}
         files = []
         for name, sibling in sorted(siblings.items()):
-            if not (choice.small(name) or choice.weights(name)):
+            if not _relevant(name):
                 continue
             etag = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
             size = sibling.lfs.size if sibling.lfs else sibling.size
@@ -127,4 +127,10 @@ def load(path: Path, commit: str) -> Listing | None:
         found = Listing.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None
-    return found if found.commit == commit else None
+    # A shared cache is written by others too: what they wrote must not lead out of it.
+    sound = all(_relevant(file.name) and _ETAG.fullmatch(file.etag) and file.size >= 0 for file in found.files)
+    return found if sound and found.commit == commit else None
+
+
+def _relevant(name: str) -> bool:
+    return choice.small(name) or choice.weights(name)

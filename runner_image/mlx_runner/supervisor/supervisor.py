@@ -212,6 +212,7 @@ class Supervisor:
             )
         else:
             log.error(f"download failed: reason={said.reason} epoch={runner.epoch}: {said.message}")
+            tell(download_trouble=None)
             why = {"reason": said.reason, "message": said.message}
             if (
                 self.machine.fail_task(runner.epoch, TaskName.DOWNLOAD_MODEL, **why)
