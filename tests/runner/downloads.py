@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -116,8 +115,10 @@ class Download:
         assert last.reason is reason, last
         return last.message
 
-    def stop(self) -> None:
-        self._process.send_signal(signal.SIGSTOP)
+    @property
+    def root(self) -> Path:
+        """The file systems as this child sees them."""
+        return Path(f"/proc/{self._process.pid}/root")
 
     async def kill(self) -> None:
         """SIGKILL, as when its pod goes."""
@@ -141,17 +142,23 @@ class Pods:
         known = {"source": SOURCE, "model_dir": self.home, "cache_dir": self.cache, "memory": self.home / "hashes.json"}
         return Request.model_validate(known | fields)
 
-    async def start(self, *, environment: dict[str, str] | None = None, **fields: Any) -> Download:
-        """A child with the environment that the supervisor gives it."""
-        self._started.append(Download(await self._spawn(subprocess.PIPE, environment, fields)))
+    async def start(
+        self, *, environment: dict[str, str] | None = None, cache_size: int | None = None, **fields: Any
+    ) -> Download:
+        """A child in the environment that the supervisor gives it; `cache_size`: on a file system of that size."""
+        prefix: tuple[str, ...] = ()
+        if cache_size is not None:
+            mount = f'mount -t tmpfs -o size={cache_size} none "{self.cache}" && exec "$@"'
+            prefix = ("unshare", "--mount", "sh", "-c", mount, "sh")
+        self._started.append(Download(await self._spawn(subprocess.PIPE, environment, fields, prefix)))
         return self._started[-1]
 
     async def start_into(self, stdout: int, **fields: Any) -> asyncio.subprocess.Process:
         """A child that writes to a file descriptor of ours."""
-        return await self._spawn(stdout, None, fields)
+        return await self._spawn(stdout, None, fields, ())
 
     async def _spawn(
-        self, stdout: int, environment: dict[str, str] | None, fields: dict[str, Any]
+        self, stdout: int, environment: dict[str, str] | None, fields: dict[str, Any], prefix: tuple[str, ...]
     ) -> asyncio.subprocess.Process:
         env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
@@ -163,7 +170,7 @@ class Pods:
             **(environment or {}),
         }
         argv = [sys.executable, "-m", "mlx_runner.download", self.request(**fields).model_dump_json(by_alias=True)]
-        return await asyncio.create_subprocess_exec(*argv, env=env, stdout=stdout)
+        return await asyncio.create_subprocess_exec(*prefix, *argv, env=env, stdout=stdout)
 
     async def close(self) -> None:
         for download in self._started:

@@ -1,6 +1,7 @@
 """Everything that can go wrong with a hub: what passes is waited for, what lasts is told with its remedy."""
 
 import asyncio
+import contextlib
 import os
 import re
 from collections.abc import AsyncIterator
@@ -225,6 +226,29 @@ async def test_a_cache_that_is_too_small_is_told_with_the_numbers_before_anythin
         message
     )
     assert pod.hub.requests("model-embed") == []
+
+
+async def test_a_full_file_system_is_told_before_anything_is_fetched(pod: Pods) -> None:
+    message = await (await pod.start(cache_size=200_000)).refused(Reason.NO_SPACE)
+    assert re.search(rf"needs [\d.]+ kB more for rank 0, the cache {pod.cache} has [\d.]+ kB free$", message), message
+    assert pod.hub.requests("model-embed") == []
+
+
+async def test_a_file_system_that_fills_up_meanwhile_is_told(pod: Pods) -> None:
+    pod.hub.faults.append(Fault(kind=Kind.STALL, path=LARGE, after=20_000, times=1))
+    child = await pod.start(cache_size=600_000, environment={"HF_HUB_DOWNLOAD_TIMEOUT": "5"})
+    await child.until(lambda: pod.hub.sent(FILE) == 20_000, "the stall")
+    fill(Path(f"{child.root}{pod.cache}/other"))
+    message = await child.refused(Reason.NO_SPACE)
+    assert message.startswith(f"{pod.cache} is full: model-")
+    assert message.endswith("more (No space left on device)")
+
+
+def fill(path: Path) -> None:
+    """Write until nothing more fits."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
 
 
 async def test_a_cache_that_cannot_be_written_is_told(pod: Pods) -> None:

@@ -152,6 +152,15 @@ async def test_a_token_is_sent_to_the_hub_and_never_to_the_storage_behind_it(pod
     assert to_storage
 
 
+async def test_a_proxy_of_the_environment_is_used(pod: Pods) -> None:
+    pod.hub.cdn = "http://storage.invalid"
+    found = await (
+        await pod.start(environment={"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": pod.hub.url})
+    ).found()
+    assert weights(found.path) == WEIGHTS
+    assert {request.host for request in pod.hub.served} == {"hub.invalid", "storage.invalid"}
+
+
 async def test_a_download_that_was_killed_goes_on_where_it_was(pod: Pods, model: Path) -> None:
     pod.hub.bytes_per_second = 100_000
     name = "model-embed.safetensors"

@@ -65,6 +65,8 @@ class Cache:
 
     def remember(self, revision: str, commit: str) -> None:
         """What a branch or tag stands for, for the hub's own tools."""
+        if ".." in revision.split("/") or revision.startswith("/"):
+            return  # no branch is called so, and it would lead elsewhere
         path = self.folder / "refs" / revision
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, commit)

@@ -21,9 +21,9 @@ _NAME = re.compile(r"(additional_chat_templates/)?[A-Za-z0-9_+,=@-][A-Za-z0-9._+
 _OUTER = r"(?:model\.|language_model\.|transformer\.|backbone\.|gpt_neox\.)*"
 """What a text model's modules are wrapped in."""
 _LAYER = re.compile(_OUTER + r"(?:layers|h|blocks)\.(\d+)\.")
-_FIRST = re.compile(_OUTER + r"(?:embed_tokens|wte|wpe|word_embeddings|embed_in|embeddings|tok_embeddings)\.")
+_FIRST = re.compile(_OUTER + r"(?:embed_tokens|wte|word_embeddings|embed_in|embeddings|tok_embeddings)\.")
 _HEAD = re.compile(_OUTER + r"(?:lm_head|embed_out|output)\.")
-_LAST = re.compile(_OUTER + r"(?:norm|final_layernorm|final_layer_norm|ln_f|norm_f|embedding_norm)\.")
+_LAST = re.compile(_OUTER + r"(?:norm|final_layernorm|final_layer_norm|ln_f|norm_f)\.")
 
 
 def small(name: str) -> bool:

@@ -131,7 +131,7 @@ class _Fetch:
                     self._one(transfer, file)
                     blocked = 0
                     continue
-            self._progress.at(file.name, transfer.fetched(file))
+            self._progress.at(file.name, file.size - transfer.missing(file))
             waiting.append(file)
             blocked += 1
             if blocked >= len(waiting):

@@ -29,8 +29,9 @@ ENVIRONMENT = {
     # Its transfers are not bounded by the timeouts that ours are.
     "HF_HUB_DISABLE_XET": "1",
 }
-_PATIENCE = {"HF_HUB_DOWNLOAD_TIMEOUT": "30"}
-"""Seconds without a byte after which a transfer counts as stalled; the user's word goes first."""
+_PATIENCE = "HF_HUB_DOWNLOAD_TIMEOUT"
+_PATIENCE_SECONDS = "30"
+"""Without a byte for so long a transfer counts as stalled; the user's word, in whole seconds, goes first."""
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ async def download(request: Request, *, seconds: float, tell: Tell) -> result.Fo
     """Run the child to its result; it is killed and reaped at the deadline and when we are cancelled."""
     read_end, write_end = os.pipe()
     argv = [sys.executable, "-m", "mlx_runner.download", request.model_dump_json(by_alias=True)]
-    environment = {**_PATIENCE, **os.environ, **ENVIRONMENT}
+    environment = {**os.environ, **ENVIRONMENT, _PATIENCE: _patience()}
     try:
         child = children.spawn(argv, environment=environment, stdout=write_end, stderr=2)
     except OSError as error:
@@ -72,6 +73,14 @@ async def download(request: Request, *, seconds: float, tell: Tell) -> result.Fo
         return said
     how = evidence.decode(code, 0, ()).what().replace("engine", "the download", 1)
     return result.Refused(reason=Reason.MODEL_UNREACHABLE, message=f"{how} without a result")
+
+
+def _patience() -> str:
+    text = os.environ.get(_PATIENCE, _PATIENCE_SECONDS)
+    if text.isdecimal() and int(text) > 0:
+        return text
+    log.warning("%s=%r is no number of seconds: %s is taken", _PATIENCE, text, _PATIENCE_SECONDS)
+    return _PATIENCE_SECONDS
 
 
 async def _reaped(child: children.Child) -> None:
