@@ -202,31 +202,31 @@ class Reason(StrEnum):
     SOURCE_UNSUPPORTED = (
         "SourceUnsupported",
         Retry.NEVER,
-        "This release cannot read the scheme of spec.model.source.",
-        "use pvc://CLAIM/PATH or oci://IMAGE",
+        "The runner image cannot read spec.model.source, which the operator knows. Set by the runner.",
+        "use a runner image of the operator's own release, or another kind of source",
     )
     MODEL_NOT_FOUND = (
         "ModelNotFound",
         Retry.WAIT,
-        "The source has no model at that place. Set by the runner.",
+        "The source has no model, repository, revision or file at that place. Set by the runner.",
         "correct spec.model.source: it must lead to a directory with config.json and safetensors files",
     )
     MODEL_UNAUTHORIZED = (
         "ModelUnauthorized",
         Retry.WAIT,
-        "The source refused the credentials.",
-        "correct spec.model.credentialsSecretRef",
+        "The hub asks for a token, or refuses the one it got: the repository is private or gated.",
+        "correct spec.model.credentialsSecretRef; a pod reads the Secret when it starts: kubectl delete pod POD",
     )
     MODEL_UNREACHABLE = (
         "ModelUnreachable",
         Retry.WAIT,
-        "The source could not be reached.",
-        "check the network and the source",
+        "The source could not be reached or read until deadlines.download; it is tried again, from where it stopped.",
+        "check the network, the source and HF_ENDPOINT in spec.runner.env",
     )
     MODEL_CORRUPT = (
         "ModelCorrupt",
         Retry.NEVER,
-        "A file of the model is truncated, unreadable or does not match its index.",
+        "A file of the model is truncated, unreadable or does not match its index, its sha256 or the hub's list.",
         "replace the file that the message names, then set the annotation mlx-operator.dev/retry to a new value",
     )
     MODEL_UNSUPPORTED = (
@@ -239,7 +239,7 @@ class Reason(StrEnum):
         "NoSpace",
         Retry.WAIT,
         "The cache has no room for the model's files.",
-        "enlarge the cache volume",
+        "raise spec.cache.sizeLimit, enlarge or clean the claim of spec.cache.claimName, or use more runners",
     )
     INSUFFICIENT_MEMORY = (
         "InsufficientMemory",

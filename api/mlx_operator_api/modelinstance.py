@@ -45,9 +45,12 @@ class Model(Lenient):
     """The model to serve."""
 
     source: ModelSource
-    """Where the weights come from: `hf://ORG/NAME[@REV]`, `pvc://CLAIM/PATH` or `oci://IMAGE` (an image volume)."""
+    """Where the weights come from: `hf://ORG/NAME[@REV]`, `pvc://CLAIM/PATH` or `oci://IMAGE` (an image volume). A
+    branch of a hub's repository is resolved once, to the commit in status.model.revision: again when the spec changes
+    or with the annotation mlx-operator.dev/restart. HF_ENDPOINT in spec.runner.env names a mirror."""
     credentials_secret_ref: LocalReference | None = None
-    """Secret with the key `token`, for a private or gated `hf://` repository. No effect with pvc:// and oci://."""
+    """Secret with the key `token`, for a private or gated `hf://` repository: HF_TOKEN of the runner container, before
+    one of spec.runner.env. No effect with pvc:// and oci://."""
     served_name: ServedName | None = None
     """The name clients put into `model`. Default: metadata.name."""
 
@@ -188,9 +191,11 @@ class Cache(Lenient):
     )
 
     claim_name: Name | None = None
-    """A PersistentVolumeClaim, shared by instances and kept over restarts. Default: an emptyDir per pod."""
+    """A PersistentVolumeClaim, shared by instances and kept over restarts, in the layout of the Hugging Face hub's own
+    cache. Default: an emptyDir per pod."""
     size_limit: Quantity | None = None
-    """Size limit of the emptyDir; not together with claimName."""
+    """Size limit of the emptyDir; not together with claimName. A model that does not fit is told before it is
+    fetched."""
 
 
 def _refused(remedy: str) -> dict[str, Any]:

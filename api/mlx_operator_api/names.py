@@ -63,8 +63,14 @@ ENV_POD_NAME = "MLX_RUNNER_POD_NAME"
 ENV_POD_UID = "MLX_RUNNER_POD_UID"
 ENV_POD_IP = "MLX_RUNNER_POD_IP"
 ENV_NODE_NAME = "MLX_RUNNER_NODE_NAME"
+ENV_CACHE_BYTES = "MLX_RUNNER_CACHE_BYTES"
+"""Size limit of the cache's emptyDir, in bytes; unset: none."""
 ENV_GRACE = "MLX_RUNNER_GRACE_SECONDS"
 """The pod's terminationGracePeriodSeconds."""
+HUB_TOKEN_ENV = "HF_TOKEN"  # noqa: S105 (the name of a variable)
+"""Where the hub's own tools look for a token, too."""
+HUB_TOKEN_KEY = "token"  # noqa: S105 (the name of a key)
+"""Key of the Secret of `spec.model.credentialsSecretRef`."""
 # With defaults that fit a pod; tests and people on loopback set them.
 ENV_LISTEN_HOST = "MLX_RUNNER_LISTEN_HOST"
 ENV_TOKEN_FILE = "MLX_RUNNER_TOKEN_FILE"  # noqa: S105 (the name of a variable)

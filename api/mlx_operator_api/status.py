@@ -88,7 +88,7 @@ class ModelStatus(Strict):
     source: str | None = None
     """The source that was resolved."""
     revision: str | None = None
-    """Commit or digest that the source was resolved to."""
+    """Commit of the hub's repository that all ranks use, over restarts too."""
     digest: str | None = None
     """Digest over the files."""
     bytes: Annotated[int | None, Field(json_schema_extra={"format": "int64"})] = None

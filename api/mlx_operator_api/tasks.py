@@ -79,6 +79,10 @@ class DownloadModel(Lenient):
     """Make the files this rank needs present and verified."""
 
     name: Literal[TaskName.DOWNLOAD_MODEL] = TaskName.DOWNLOAD_MODEL
+    revision: str | None = None
+    """The commit of an `hf://` repository that every rank uses; None: resolve the source's revision and report it."""
+    memory_limits: tuple[int | None, ...] = ()
+    """Of all ranks, by rank, in bytes (None: no limit): they say which layers are whose. Empty: not known."""
 
 
 class ConnectToGroup(Lenient):
@@ -165,9 +169,10 @@ class Predecessor(Lenient):
 
 
 class ModelFacts(Lenient):
-    """What is known of the model's files after DownloadModel."""
+    """What is known of the model's files. Complete once DownloadModel is; `revision` already while it runs."""
 
     revision: str | None = None
+    """The commit of an `hf://` repository."""
     digest: str | None = None
     """sha256 over the names, sizes and (where known) hashes of the files."""
     bytes: int = 0
@@ -197,6 +202,10 @@ class RunnerReport(Lenient):
     model_available: bool = False
     model: ModelFacts | None = None
     download_percent: int | None = None
+    download_bytes: int | None = None
+    """What `download_percent` is of."""
+    download_trouble: str | None = None
+    """Why the download gets nowhere at the moment; it goes on trying."""
     layers: str | None = None
     """Layers of this rank's shard, such as `0-11`."""
     layers_loaded: int = 0

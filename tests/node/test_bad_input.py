@@ -65,10 +65,3 @@ def test_a_missing_claim_is_named(create: Callable[..., Instance]) -> None:
     instance = create("noclaim", source="pvc://nowhere/model", runners=1)
     instance.wait_condition(ConditionType.READY, "False", Reason.VOLUME_NOT_FOUND)
     assert_reads_well(instance, Reason.VOLUME_NOT_FOUND, "nowhere")
-
-
-def test_a_hub_source_is_answered_until_it_is_supported(create: Callable[..., Instance]) -> None:
-    instance = create("hub", source="hf://Qwen/Qwen2.5-0.5B-Instruct", runners=1)
-    instance.wait_condition(ConditionType.STALLED, "True", Reason.SOURCE_UNSUPPORTED)
-    assert_reads_well(instance, Reason.SOURCE_UNSUPPORTED, "hf://Qwen/Qwen2.5-0.5B-Instruct")
-    assert not instance.pods()

@@ -302,13 +302,13 @@ async def test_a_download_that_fails_leaves_the_runner_idle_and_the_next_attempt
         assert (pod.report.model.architecture, pod.report.model.layers) == ("qwen2", 4)
 
 
-async def test_a_hub_source_is_answered_by_a_clear_word(tmp_path: Path) -> None:
+async def test_a_source_of_a_newer_operator_is_answered_by_a_clear_word(tmp_path: Path) -> None:
     async with group(tmp_path, 1) as instance:
-        await instance.create(source="hf://org/name@main")
+        await instance.create(source="s3://bucket/model")
         await instance.pods[0].send(DownloadModel())
         outcome = await instance.pods[0].outcome(TaskName.DOWNLOAD_MODEL, 1, TaskPhase.FAILED)
         assert outcome.reason is Reason.SOURCE_UNSUPPORTED
-        assert "hf://org/name@main" in (outcome.message or "")
+        assert "s3://bucket/model" in (outcome.message or "")
 
 
 async def test_tasks_that_are_not_for_this_runner_are_refused_with_the_reason(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from mlx_operator_api.status import LastFailure
 from mlx_operator_api.tasks import (
     PROTOCOL,
     CreateRunner,
+    DownloadModel,
     ModelFacts,
     Predecessor,
     RunnerReport,
@@ -37,7 +38,11 @@ class Supervisor:
     protocol: int = PROTOCOL
     running: TaskRequest | None = None
     download_fails: Reason | None = None
+    download_words: str = "no config.json at /models/source"
     sharding: Sharding = Sharding.PIPELINE
+    resolve: Callable[[], str] = lambda: "0" * 40
+    """The commit that a branch of the hub is at now."""
+    source: str = ""
     engines: list[int] = field(default_factory=list)
     """Epochs for which an engine was started here."""
 
@@ -90,6 +95,7 @@ class Supervisor:
         self.rejections.clear()
         self.engines.append(epoch)
         self.sharding = task.sharding
+        self.source = task.source
         self.report = RunnerReport(
             instance_uid=UID,
             rank=self.rank,
@@ -117,7 +123,12 @@ class Supervisor:
         if name is TaskName.DOWNLOAD_MODEL:
             if self.download_fails is not None:
                 return self._fail_download()
-            facts = {"model_available": True, "model": ModelFacts(digest="sha256:abc", bytes=10**9, layers=24)}
+            assert isinstance(request.task, DownloadModel)
+            if self._resolved(request.task):
+                return True
+            revision = self.report.model.revision if self.report.model else None
+            model = ModelFacts(revision=revision, digest=f"sha256:abc{revision}", bytes=10**9, layers=24)
+            facts = {"model_available": True, "model": model}
         if name is TaskName.CONNECT_TO_GROUP:
             if self.sharding is Sharding.TENSOR and not self.report.ring_listening:
                 self.publish(ring_listening=True)
@@ -137,9 +148,16 @@ class Supervisor:
         self.publish(**facts)
         return True
 
+    def _resolved(self, task: DownloadModel) -> bool:
+        """The first step of a download from the hub: the commit is reported. True when it was just done."""
+        if not self.source.startswith("hf://") or self.report.model is not None:
+            return False
+        self.publish(model=ModelFacts(revision=task.revision or self.resolve()))
+        return True
+
     def _fail_download(self) -> bool:
         name, self.running = TaskName.DOWNLOAD_MODEL, None
-        why = {"phase": TaskPhase.FAILED, "reason": self.download_fails, "message": "no config.json at /models/source"}
+        why = {"phase": TaskPhase.FAILED, "reason": self.download_fails, "message": self.download_words}
         self.outcomes[name] = self.outcomes[name].model_copy(update=why)
         self.publish()
         return True

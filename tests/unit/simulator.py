@@ -60,6 +60,8 @@ class Cluster:
         self.nodes = {f"n{i + 1}": NodeView(f"n{i + 1}", True) for i in range(nodes)}
         self.refusals: dict[str, Refusal] = {}
         self.refuse: Refusal | None = None
+        self.branch = "1" * 40
+        """The commit that the branch of every hub repository is at."""
         self.unplaceable: str | None = None
         self.pull_error: str | None = None
         self.notes: dict[str, tuple[str, ...]] = {}
@@ -307,6 +309,7 @@ class Cluster:
         rank = int(pod.manifest["metadata"]["labels"][names.RANK_LABEL])
         before = (status.get("containerStatuses") or [{}])[0]
         pod.supervisor = Supervisor(rank, f"{format_time(self.now)}-{next(self.uids):04d}", lambda: self.now)
+        pod.supervisor.resolve = lambda: self.branch
         pod.supervisor.predecessor = getattr(pod, "last_words", None)
         pod.supervisor.publish(predecessor=pod.supervisor.predecessor)
         status |= {"phase": "Running", "podIP": f"10.0.0.{int(uid[4:8]) % 250 + 1}"}
@@ -329,8 +332,19 @@ class Cluster:
         pod.manifest["status"]["conditions"] = [*conditions, ready]
         return changed
 
+    def _check_commits(self, alive: list[Supervisor]) -> None:
+        """No epoch mixes commits of a hub's repository."""
+        commits: dict[int, set[str | None]] = {}
+        for supervisor in alive:
+            report = supervisor.report
+            if report.model is not None:
+                commits.setdefault(report.epoch, set()).add(report.model.revision)
+        if any(len(found) > 1 for found in commits.values()):
+            raise BrokenPromiseError(f"ranks of one epoch use different commits: {commits}")
+
     def _engines(self) -> bool:
         alive = list(self.supervisors())
+        self._check_commits(alive)
         changed = False
         for supervisor in alive:
             request = supervisor.running
@@ -402,6 +416,10 @@ class Cluster:
         """Somebody deletes a pod."""
         if name in self.pods:
             self.pods[name].manifest["metadata"].setdefault("deletionTimestamp", format_time(self.now))
+
+    def move_branch(self, number: int) -> None:
+        """Somebody pushes to the hub."""
+        self.branch = str(number) * 40
 
     def lose_report(self, rank: int) -> None:
         """The report stream breaks for a moment."""

@@ -243,19 +243,6 @@ def test_an_invalid_stored_spec_is_told_with_field_value_and_remedy_and_changes_
     assert len(cluster.patches) == 1
 
 
-def test_a_hub_source_makes_no_pod_and_says_what_to_use() -> None:
-    cluster = Cluster(model={"source": "hf://Qwen/Qwen2.5-0.5B-Instruct@main"})
-    cluster.run()
-    assert cluster.pods == {}
-    stalled = condition(cluster, ConditionType.STALLED)
-    assert (stalled.status, stalled.reason) == ("True", Reason.SOURCE_UNSUPPORTED)
-    assert "hf://Qwen/Qwen2.5-0.5B-Instruct@main" in stalled.message
-    assert "pvc://CLAIM/PATH" in stalled.message
-    cluster.change(model={"source": "pvc://models/tiny"})
-    cluster.run()
-    assert cluster.ready()
-
-
 def test_a_restarted_operator_writes_and_does_nothing_on_a_converged_cluster() -> None:
     cluster = ready()
     cluster.kill_engine(1)

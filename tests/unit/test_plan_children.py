@@ -113,6 +113,46 @@ def test_the_model_is_mounted_read_only(source: str, volume: dict[str, Any]) -> 
     assert mount == {"name": "model", "mountPath": names.MODEL_MOUNT, "readOnly": True}
 
 
+def test_a_token_for_the_hub_comes_from_its_secret_and_goes_before_the_users_own() -> None:
+    own = [{"name": "HF_TOKEN", "value": "mine"}, {"name": "HF_ENDPOINT", "value": "http://mirror"}]
+    given = {"source": "hf://org/tiny", "credentialsSecretRef": {"name": "hf"}}
+    env = {e["name"]: e for e in container(pod(model=given, runner={"env": own}))["env"]}
+    assert env["HF_TOKEN"] == {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}}
+    assert env["HF_ENDPOINT"]["value"] == "http://mirror"
+    for source in ("hf://org/tiny", "pvc://models/tiny"):
+        ref = {} if source.startswith("hf") else {"credentialsSecretRef": {"name": "hf"}}
+        manifest = pod(model={"source": source, **ref}, runner={"env": own})
+        assert [e.get("value") for e in container(manifest)["env"] if e["name"] == "HF_TOKEN"] == ["mine"]
+
+
+def test_the_cache_is_an_empty_dir_with_its_limit_told_or_a_claim() -> None:
+    def cache(**fields: Any) -> tuple[dict[str, Any], str | None]:
+        manifest = pod(model={"source": "hf://org/tiny"}, **fields)
+        (volume,) = [v for v in manifest["spec"]["volumes"] if v["name"] == "cache"]
+        env = {e["name"]: e.get("value") for e in container(manifest)["env"]}
+        return {k: v for k, v in volume.items() if k != "name"}, env.get(names.ENV_CACHE_BYTES)
+
+    assert cache() == ({"emptyDir": {}}, None)
+    assert cache(cache={"sizeLimit": "20Gi"}) == ({"emptyDir": {"sizeLimit": "20Gi"}}, str(20 * 2**30))
+    assert cache(cache={"claimName": "models"}) == ({"persistentVolumeClaim": {"claimName": "models"}}, None)
+
+
+def test_a_hub_source_mounts_no_model() -> None:
+    manifest = pod(model={"source": "hf://org/tiny@v1"})
+    assert not [v for v in manifest["spec"]["volumes"] if v["name"] == "model"]
+
+
+def test_another_secret_needs_another_pod_but_another_repository_does_not() -> None:
+    def hashed(**model: Any) -> str:
+        return template.template_hash(wanted(model=model), "runner:1", SETTINGS)
+
+    known = hashed(source="hf://a/b")
+    assert hashed(source="hf://c/d@v1") == known
+    assert hashed(source="hf://a/b", credentialsSecretRef={"name": "hf"}) != known
+    mounted = hashed(source="pvc://models/tiny")
+    assert hashed(source="pvc://models/tiny", credentialsSecretRef={"name": "hf"}) == mounted != known
+
+
 def test_every_mount_has_a_volume_and_every_volume_a_mount() -> None:
     for source in ("pvc://models/a", "oci://registry.example/m:1"):
         manifest = pod(model={"source": source})

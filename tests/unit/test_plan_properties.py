@@ -2,7 +2,7 @@
 
 The simulator raises `BrokenPromiseError` by itself when an epoch goes back, a recorded failure is lost, the budget is
 overspent, a task is sent that the table rejects, a pod is created twice, ConnectToGroup goes out before all ranks are
-recorded, or an epoch gets two engines of one rank.
+recorded, an epoch gets two engines of one rank, or its ranks use different commits of the model.
 """
 
 from collections.abc import Callable
@@ -99,6 +99,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.sampled_from(["pvc://models/tiny", "hf://a/b", "s3://a/b"]).map(
         lambda s: lambda c: c.change(model={"source": s})
     ),
+    st.integers(1, 9).map(lambda n: lambda c: c.move_branch(n)),
     st.integers(1, 3).map(lambda n: lambda c: c.change(serving={"maxQueue": n})),
     st.integers(1, 3).map(lambda n: lambda c: c.annotate(names.RETRY_ANNOTATION, str(n))),
     st.integers(1, 3).map(lambda n: lambda c: c.annotate(names.RESTART_ANNOTATION, str(n))),
@@ -108,15 +109,20 @@ MUCH = settings(max_examples=150, deadline=None, suppress_health_check=list(Heal
 
 
 @MUCH
-@given(st.integers(1, 3), st.sampled_from(["Pipeline", "Tensor"]), st.lists(EVENTS, max_size=40))
+@given(
+    st.integers(1, 3),
+    st.sampled_from(["Pipeline", "Tensor"]),
+    st.sampled_from(["pvc://models/tiny", "hf://a/b"]),
+    st.lists(EVENTS, max_size=40),
+)
 def test_whatever_happens_the_group_ends_ready_or_stalled_with_a_reason_and_rests(
-    size: int, sharding: str, story: list[Event]
+    size: int, sharding: str, source: str, story: list[Event]
 ) -> None:
-    cluster = Cluster(runners=size, sharding=sharding)
+    cluster = Cluster(runners=size, sharding=sharding, model={"source": source})
     for event in story:
         event(cluster)
     heal(cluster)
-    cluster.change(suspend=False, model={"source": "pvc://models/tiny"})
+    cluster.change(suspend=False, model={"source": source})
     cluster.run(3600)
     assert cluster.ready() or cluster.stalled(), cluster.status.brief
     if cluster.stalled():

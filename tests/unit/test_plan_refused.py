@@ -10,10 +10,9 @@ from tests.unit.scenes import condition, failures, ready
 
 GOOD = {"model": {"source": "pvc://models/tiny"}, "runners": 2}
 REFUSED: dict[str, tuple[dict[str, Any], Reason]] = {
-    "hub": ({"model": {"source": "hf://Qwen/Qwen2.5-0.5B-Instruct"}}, Reason.SOURCE_UNSUPPORTED),
     "scheme": ({"model": {"source": "s3://bucket/model"}}, Reason.INVALID_SPEC),
     "runners": ({"runners": 65}, Reason.INVALID_SPEC),
-    "hub and size": ({"model": {"source": "hf://a/b"}, "runners": 1}, Reason.SOURCE_UNSUPPORTED),
+    "scheme and size": ({"model": {"source": "s3://bucket/model"}, "runners": 1}, Reason.INVALID_SPEC),
 }
 table = pytest.mark.parametrize(("spec", "reason"), REFUSED.values(), ids=REFUSED)
 

@@ -152,9 +152,27 @@ def model_not_found() -> Cluster:
     return cluster
 
 
-def hub_source() -> Cluster:
+def downloading() -> Cluster:
     cluster = Cluster(model={"source": "hf://Qwen/Qwen2.5-0.5B-Instruct"})
-    cluster.run()
+    cluster.run(until=lambda: bool(cluster.status.model and cluster.status.model.revision))
+    for rank, percent in ((0, 47), (1, 52)):
+        trouble = "model-00001-of-00002.safetensors: HTTP 503" if rank else None
+        cluster.supervisor(rank).running = None
+        cluster.supervisor(rank).publish(
+            download_percent=percent, download_bytes=1_200_000_000, download_trouble=trouble
+        )
+    cluster.wait(70)
+    cluster.hear_all()
+    cluster.reconcile()
+    return cluster
+
+
+def token_refused() -> Cluster:
+    cluster = Cluster(model={"source": "hf://org/gated"})
+    cluster.run(until=lambda: len(list(cluster.supervisors())) == 2)
+    cluster.supervisor(0).download_fails = Reason.MODEL_UNAUTHORIZED
+    cluster.supervisor(0).download_words = "hf://org/gated@main: org/gated is gated (HTTP 403 for org/gated)"
+    cluster.run(30)
     return cluster
 
 
@@ -177,7 +195,7 @@ EXPECTED: dict[Callable[[], Cluster], str] = {
         rank 1/2 tiny-1 on n2: RunnerReady, layers 0-11
     """,
     loading_for_a_minute: """
-        Not ready: 0/2 runners hold their shard; waiting for rank 0 on node n1 at 6/12 layers and 1 other
+        Not ready: 0/2 runners hold their shard; waiting for rank 0 on node n1 (6/12 layers) and 1 other
         rank 0/2 tiny-0 on n1: RunnerLoading, layers 12-23, 6/12 layers
         rank 1/2 tiny-1 on n2: RunnerLoading
     """,
@@ -275,10 +293,17 @@ EXPECTED: dict[Callable[[], Cluster], str] = {
         rank 1/2 tiny-1 on n2: RunnerIdle, last failure ModelNotFound in epoch 1
         do: correct spec.model.source: it must lead to a directory with config.json and safetensors files
     """,
-    hub_source: """
-        Stalled: SourceUnsupported
-        why: spec.model.source: hf://Qwen/Qwen2.5-0.5B-Instruct: this release cannot read hf:// sources
-        do: use pvc://CLAIM/PATH or oci://IMAGE
+    downloading: """
+        Not ready: 0/2 runners have the model's files; waiting for rank 0 on node n1 (downloading: 40 % of 1.2 GB) and 1 other
+        rank 0/2 tiny-0 on n1: RunnerIdle, downloading: 40 % of 1.2 GB
+        rank 1/2 tiny-1 on n2: RunnerIdle, downloading: 50 % of 1.2 GB, retrying: model-00001-of-00002.safetensors: HTTP 503
+    """,
+    token_refused: """
+        Stalled: ModelUnauthorized
+        why: rank 0/2 pod tiny-0 on node n1: DownloadModel failed: hf://org/gated@main: org/gated is gated (HTTP 403 for org/gated)
+        rank 0/2 tiny-0 on n1: RunnerIdle, last failure ModelUnauthorized in epoch 1
+        rank 1/2 tiny-1 on n2: RunnerIdle
+        do: correct spec.model.credentialsSecretRef; a pod reads the Secret when it starts: kubectl delete pod tiny-0
     """,
     spec_not_valid: """
         Stalled: InvalidSpec

@@ -4,12 +4,15 @@ import hashlib
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.tasks import ModelFacts
 from mlx_runner.download import places, result, safetensors, verify
+from mlx_runner.download.report import Progress
+from mlx_runner.download.request import Request
 
 Tensors = dict[str, tuple[int, int]]
 
@@ -39,9 +42,13 @@ def model(tmp_path: Path) -> Path:
     return directory
 
 
-def check(model: Path) -> tuple[ModelFacts, list[int]]:
-    told: list[int] = []
-    return verify.verify(model, "claim models", model.parent / "hashes.json", told.append), told
+def check(model: Path, **fields: Any) -> tuple[ModelFacts, list[result.Said]]:
+    told: list[result.Said] = []
+    nowhere = model.parent / "nowhere"
+    request = Request(
+        source="pvc://models", model_dir=model, cache_dir=nowhere, memory=model.parent / "hashes.json", **fields
+    )
+    return verify.verify(model, "claim models", request, Progress(told.append)), told
 
 
 def refused(model: Path) -> tuple[Reason, str]:
@@ -51,10 +58,9 @@ def refused(model: Path) -> tuple[Reason, str]:
 
 
 def test_a_whole_model_gives_its_facts(model: Path) -> None:
-    facts, told = check(model)
+    facts, _ = check(model)
     sizes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     assert (facts.architecture, facts.layers, facts.bytes) == ("qwen2", 4, sizes)
-    assert told[-1] == 100
     assert facts.digest == check(model)[0].digest
     (model / "config.json").write_text(json.dumps({"model_type": "qwen2", "num_hidden_layers": 5}))
     assert facts.digest != check(model)[0].digest
@@ -162,6 +168,32 @@ def test_a_manifest_is_checked_and_hashes_are_remembered(model: Path, monkeypatc
     assert refused(model)[0] is Reason.MODEL_CORRUPT
 
 
+def test_a_rank_hashes_the_weights_that_it_reads_and_leaves_the_others_to_theirs(model: Path) -> None:
+    write_weights(model / "model-1.safetensors", {"model.layers.0.a": (0, 4), "model.layers.1.b": (4, 10)})
+    write_weights(model / "model-2.safetensors", {"model.layers.2.c": (0, 3), "model.layers.3.c": (3, 6)})
+    where = {"model.layers.0.a": 1, "model.layers.1.b": 1, "model.layers.2.c": 2, "model.layers.3.c": 2}
+    weight_map = {tensor: f"model-{number}.safetensors" for tensor, number in where.items()}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in model.glob("model-*.safetensors")}
+    (model / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    facts = [check(model, rank=rank, world_size=2)[0] for rank in (0, 1)]
+    assert facts[0] == facts[1]
+    data = bytearray((model / "model-2.safetensors").read_bytes())
+    data[-1] ^= 1
+    (model / "model-2.safetensors").write_bytes(data)
+    assert check(model, rank=1, world_size=2)[0] == facts[1]
+    with pytest.raises(result.ModelError, match="has sha256"):
+        check(model, rank=0, world_size=2)
+
+
+def test_the_progress_of_hashing_is_told_with_its_bytes(model: Path) -> None:
+    path = model / "model-2.safetensors"
+    (model / "SHA256SUMS").write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n")
+    _, told = check(model)
+    size = path.stat().st_size
+    assert told == [result.Percent(percent=0, total=size), result.Percent(percent=99, total=size)]
+
+
 @pytest.mark.parametrize("name", ["../secret", "sub/../../secret", "{outside}"])
 @pytest.mark.parametrize("listing", ["model.safetensors.index.json", "SHA256SUMS"])
 def test_a_list_that_names_a_file_outside_of_the_model_is_refused(model: Path, listing: str, name: str) -> None:
@@ -188,10 +220,10 @@ def test_links_that_lead_nowhere_or_in_circles_are_told_and_never_crash(model: P
 
 def test_sources_lead_to_their_directories() -> None:
     mount = Path("/m")
-    assert places.directory("pvc://claim/a/b", mount) == Path("/m/a/b")
-    assert places.directory("pvc://claim", mount) == mount
-    assert places.directory("oci://registry/model:1", mount) == mount
-    for source in ("hf://org/name", "s3://bucket", "pvc://claim/../etc"):
+    assert places.directory(places.parsed("pvc://claim/a/b"), mount) == Path("/m/a/b")
+    assert places.directory(places.parsed("pvc://claim"), mount) == mount
+    assert places.directory(places.parsed("oci://registry/model:1"), mount) == mount
+    for source in ("s3://bucket", "pvc://claim/../etc"):
         with pytest.raises(result.ModelError, match=source) as caught:
-            places.directory(source, mount)
+            places.parsed(source)
         assert caught.value.reason is Reason.SOURCE_UNSUPPORTED

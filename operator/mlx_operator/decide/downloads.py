@@ -2,19 +2,28 @@
 
 A failed download fails no runner: its rank stays Idle. Attempt k+1 is due 5 minutes times k after the first failure of
 the epoch, so the times follow from what is recorded and a retry that fails the same way writes nothing.
+
+All ranks use one commit of a hub's repository, wherever its branch moves meanwhile: rank 0 resolves the revision and
+reports it, status keeps it, and the others are told. It stays over restarts; `epoch.begin` forgets it where the user
+asked for something new.
 """
 
-from datetime import timedelta
+import re
+from datetime import datetime, timedelta
 
 from mlx_operator_api.conditions import ConditionType, Reason, Retry
 from mlx_operator_api.runner import ORDER, RunnerState, TaskName
+from mlx_operator_api.source import SourceKind
 from mlx_operator_api.status import LastFailure, RunnerStatus, Status
-from mlx_operator_api.tasks import TaskOutcome, TaskPhase
+from mlx_operator_api.tasks import DownloadModel, Sharding, TaskOutcome, TaskPhase
 
 from .messages import one_line
 from .picture import Clock, Picture, Rank, who
 
 RETRY_SECONDS = 300.0
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_RESOLVER = 0
+"""The rank that finds out which commit the source's revision stands for."""
 
 
 def available(rank: Rank, epoch: int, status: Status) -> bool:
@@ -45,6 +54,46 @@ def lasting(record: RunnerStatus) -> LastFailure | None:
     if noted is None or noted.epoch != record.epoch or record.state is not RunnerState.IDLE:
         return None
     return noted if noted.state is RunnerState.IDLE and noted.reason is not Reason.TASK_REJECTED else None
+
+
+def commit(picture: Picture, status: Status) -> str | None:
+    """The commit that every rank uses: named by the source, kept by status, or just reported. None: not known yet."""
+    source = picture.wanted.source
+    if source.kind is not SourceKind.HUB:
+        return None
+    if source.revision is not None and _COMMIT.fullmatch(source.revision):
+        return source.revision
+    if status.model is not None and status.model.revision is not None:
+        return status.model.revision
+    report = picture.ranks[_RESOLVER].in_epoch(status.epoch)
+    return report.model.revision if report is not None and report.model is not None else None
+
+
+def task(picture: Picture, rank: Rank, status: Status) -> DownloadModel | None:
+    """What a rank is told; None while something that it has to know is not known yet."""
+    limits: tuple[int | None, ...] = ()
+    if picture.wanted.world_size > 1 and picture.wanted.runner.sharding is Sharding.PIPELINE:
+        reports = [other.in_epoch(status.epoch) for other in picture.ranks]
+        limits = tuple(report.memory_limit_bytes for report in reports if report is not None)
+        if len(limits) < len(reports):
+            return None
+    revision = commit(picture, status)
+    if picture.wanted.source.kind is SourceKind.HUB and revision is None and rank.rank != _RESOLVER:
+        return None
+    return DownloadModel(revision=revision, memory_limits=limits)
+
+
+def latest_end(picture: Picture, rank: Rank, since: datetime) -> datetime:
+    """When the attempt that runs must have ended, by its supervisor's own deadline, in the epoch that began `since`.
+
+    Attempts follow each other: each has had its deadline and its wait, and so had those of the rank that resolved the
+    revision before this one could begin.
+    """
+    ranks = {rank.rank, _RESOLVER} if picture.wanted.source.kind is SourceKind.HUB else {rank.rank}
+    outcomes = (picture.ranks[number].outcome(TaskName.DOWNLOAD_MODEL) for number in ranks)
+    attempts = sum(1 if outcome is None else outcome.attempt for outcome in outcomes)
+    waits = timedelta(seconds=RETRY_SECONDS * (attempts - 1))
+    return since + attempts * picture.wanted.deadline("download") + waits
 
 
 def attempt(rank: Rank, clock: Clock) -> int | None:

@@ -5,6 +5,7 @@ from datetime import timedelta
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS
 from mlx_operator_api.runner import ENDED, RunnerState
+from mlx_operator_api.source import SourceKind
 from mlx_operator_api.status import ModelStatus, RunnerStatus, Status
 
 from . import restart, template
@@ -26,7 +27,7 @@ def begin(picture: Picture, status: Status) -> tuple[Status, Reason | None]:
             "observed_retry": picture.wanted.retry,
             "observed_restart": picture.wanted.restart,
             "endpoint": picture.wanted.endpoint,
-            "model": _model(picture, status),
+            "model": _model(picture, status, why),
             "runners": _runners(picture, status),
         }
     )
@@ -89,10 +90,18 @@ def _overtaken(picture: Picture, status: Status) -> bool:
     return any(rank.report is not None and rank.report.epoch > limit for rank in picture.ranks)
 
 
-def _model(picture: Picture, status: Status) -> ModelStatus:
-    source = picture.wanted.spec.model.source
-    known = status.model
-    return known if known is not None and known.source == source else ModelStatus(source=source)
+def _model(picture: Picture, status: Status, why: Reason | None) -> ModelStatus:
+    """The model as resolved; a hub's branch is looked up again only where the user asked for something new.
+
+    A failure, another pod template or a rolled key must not change what is served.
+    """
+    wanted, known = picture.wanted, status.model
+    source = wanted.spec.model.source
+    if known is None or known.source != source:
+        return ModelStatus(source=source)
+    asked = why is Reason.RESTART_REQUESTED or (why is Reason.RETRY_REQUESTED and known.digest is None)
+    asked |= why is Reason.SPEC_CHANGED and wanted.spec_hash != status.spec_hash
+    return ModelStatus(source=source) if asked and wanted.source.kind is SourceKind.HUB else known
 
 
 def _runners(picture: Picture, status: Status) -> tuple[RunnerStatus, ...]:

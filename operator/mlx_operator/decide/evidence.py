@@ -11,6 +11,7 @@ from mlx_operator_api.runner import RunnerState, TaskName
 from mlx_operator_api.status import LastFailure
 from mlx_operator_api.tasks import RunnerReport, TaskPhase
 
+from . import downloads
 from . import picture as pictures
 from .messages import clock_time, evidence_line, listed, one_line, signal_name
 from .picture import Picture, Rank
@@ -245,9 +246,10 @@ def _deadline(rank: Rank, epoch: int, picture: Picture) -> Evidence | None:
     else:
         return _rejected(rank, epoch, picture)
     limit = picture.wanted.deadline(name)
-    if not picture.clock.passed(since + limit + _GRACE):
+    end = downloads.latest_end(picture, rank, since) if name == "download" else since + limit
+    if not picture.clock.passed(end + _GRACE):
         return None
-    progress = f" at {rank.record.progress}" if rank.record.progress else ""
+    progress = f" ({rank.record.progress})" if rank.record.progress else ""
     text = f"{what} within {limit.total_seconds():g} s{progress}, and its supervisor did not end it"
     late = _make(rank, reason, text, picture.clock.now, state)
     return replace(late, accused=_accused(reason, rank.in_epoch(epoch), ""))

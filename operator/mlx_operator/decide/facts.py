@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from mlx_operator_api.conditions import ConditionType, Reason, Retry
 from mlx_operator_api.runner import ORDER, RunnerState
+from mlx_operator_api.sizes import human_size
 from mlx_operator_api.status import GroupFailure, LastFailure, RunnerStatus, Status
 
 from . import downloads, restart
 from .conditions import Fact
 from .failure import pending
-from .messages import clauses, count, human_size, listed, remedy
+from .messages import clauses, count, listed, remedy
 from .picture import Picture, assigned, effective, who
 from .problems import Problem, up
 
@@ -150,7 +151,7 @@ def _behind(s: Situation, state: RunnerState) -> str:
     if not late:
         return "reports are due"
     first = late[0]
-    progress = f" at {first.progress}" if first.progress else ""
+    progress = f" ({first.progress})" if first.progress else ""
     more = f" and {count(len(late) - 1, 'other')}" if len(late) > 1 else ""
     return f"waiting for rank {first.rank} on node {first.node or '?'}{progress}{more}"
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from mlx_operator_api import names
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState
-from mlx_operator_api.source import SourceKind
 from mlx_operator_api.status import ModelStatus, RunnerStatus, Status
 
 from . import children, events, facts, failure, runners, writes
@@ -15,7 +14,6 @@ from .facts import Situation
 from .messages import clauses
 from .observed import Manifest
 from .picture import Clock, Picture, Rank
-from .spec import Wanted
 from .stored import finish
 
 _C = ConditionType
@@ -27,14 +25,6 @@ class Unusable:
 
     reason: Reason
     words: str
-
-
-def unsupported(wanted: Wanted) -> Unusable | None:
-    """A valid spec that this release cannot follow."""
-    if wanted.source.kind is not SourceKind.HUB:
-        return None
-    words = f"spec.model.source: {wanted.spec.model.source}: this release cannot read hf:// sources"
-    return Unusable(Reason.SOURCE_UNSUPPORTED, words)
 
 
 def refuse(instance: Manifest, old: Status, past: Picture | None, fault: Unusable, clock: Clock) -> Plan:

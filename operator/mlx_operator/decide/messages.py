@@ -75,13 +75,3 @@ def remedy(reason: Reason, pod: str | None) -> str:
 def count(number: int, noun: str) -> str:
     """`1 pod`, `2 pods`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def human_size(size: int) -> str:
-    """`3.4 MB`, `1.2 GB`: as hubs print it, in powers of 1000."""
-    value, units = float(size), ("B", "kB", "MB", "GB", "TB")
-    for unit in units[:-1]:
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} {units[-1]}"

@@ -14,7 +14,7 @@ from mlx_operator_api.status import Status
 from . import children, downloads, epoch, events, facts, failure, picture, problems, restart, runners, tasks, writes
 from .actions import Plan
 from .facts import Situation
-from .halts import Unusable, refuse, suspend, unsupported
+from .halts import Unusable, refuse, suspend
 from .observed import Observed
 from .picture import Clock, Picture
 from .spec import InvalidSpecError, parse, remembered
@@ -27,10 +27,9 @@ def plan(observed: Observed, now: datetime) -> Plan:
     if observed.instance["metadata"].get("deletionTimestamp"):
         # The garbage collector removes the children; they drain by themselves.
         return Plan(old)
-    fault: Unusable | None
+    fault: Unusable | None = None
     try:
         wanted = parse(observed.instance)
-        fault = unsupported(wanted)
     except InvalidSpecError as error:
         fault = Unusable(Reason.INVALID_SPEC, str(error))
         known = remembered(observed.instance, old)

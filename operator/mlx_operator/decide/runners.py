@@ -6,7 +6,7 @@ from mlx_operator_api import names
 from mlx_operator_api.runner import ENDED, ORDER, RunnerState
 from mlx_operator_api.status import ModelStatus, RunnerStatus, Status
 
-from . import progress
+from . import downloads, progress
 from .picture import Picture, Rank, effective
 
 
@@ -33,7 +33,7 @@ def _entry(picture: Picture, rank: Rank, status: Status) -> RunnerStatus:
     shown = record.progress if same or state in ENDED else None
     if report is not None and record.epoch > 0:
         age = picture.clock.now - since if same else timedelta()
-        shown = progress.text(report, age)
+        shown = progress.text(report, age, picture.wanted.source.kind)
     return record.model_copy(
         update={
             "pod": names.pod_name(picture.wanted.name, rank.rank),
@@ -60,12 +60,10 @@ def _state(rank: Rank, status: Status) -> RunnerState:
 
 
 def _model(picture: Picture, status: Status) -> ModelStatus | None:
-    """What the runners found at the source."""
-    facts = next(
-        (r.model for rank in picture.ranks if (r := rank.in_epoch(status.epoch)) is not None and r.model), None
-    )
-    if status.model is None or facts is None:
-        return status.model
-    return status.model.model_copy(
-        update={"revision": facts.revision, "digest": facts.digest, "bytes": facts.bytes or None}
-    )
+    """What the runners found at the source. The commit of a hub's repository stays as it was found first."""
+    if status.model is None:
+        return None
+    reports = (rank.in_epoch(status.epoch) for rank in picture.ranks)
+    whole = next((r.model for r in reports if r is not None and r.model is not None and r.model.digest), None)
+    found = {} if whole is None else {"digest": whole.digest, "bytes": whole.bytes or None}
+    return status.model.model_copy(update={"revision": downloads.commit(picture, status), **found})

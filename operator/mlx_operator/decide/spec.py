@@ -20,6 +20,7 @@ from mlx_operator_api.modelinstance import (
     Deadlines,
     Spec,
 )
+from mlx_operator_api.sizes import quantity
 from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import CreateRunner, Sharding
 
@@ -105,6 +106,7 @@ def parse(instance: Manifest) -> Wanted:
     try:
         spec = Spec.model_validate(instance.get("spec") or {})
         deadlines = spec.deadlines or Deadlines()
+        _check_cache(spec)
         return Wanted(
             name=metadata["name"],
             namespace=metadata["namespace"],
@@ -177,6 +179,13 @@ def _checked(deadlines: Deadlines) -> Deadlines:
     for name in Deadlines.model_fields:
         deadlines.of(name)
     return deadlines
+
+
+def _check_cache(spec: Spec) -> None:
+    try:
+        quantity((spec.cache and spec.cache.size_limit) or 0)
+    except ValueError as error:
+        raise ValueError(f"spec.cache.sizeLimit: {error}") from error
 
 
 def _restarts(spec: Spec) -> RestartRules:

@@ -13,7 +13,6 @@ from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import (
     PROTOCOL,
     ConnectToGroup,
-    DownloadModel,
     LoadModel,
     Peer,
     Sharding,
@@ -67,18 +66,19 @@ def _steps(picture: Picture, status: Status) -> Iterator[SendTask]:
         if rank.report.epoch < status.epoch:
             yield from _to(picture, rank, status.epoch, picture.wanted.runner)
             continue
-        yield from _next(picture, rank, status.epoch)
+        yield from _next(picture, rank, status)
 
 
-def _next(picture: Picture, rank: Rank, epoch: int) -> Iterator[SendTask]:
+def _next(picture: Picture, rank: Rank, status: Status) -> Iterator[SendTask]:
+    epoch = status.epoch
     report = rank.in_epoch(epoch)
     if report is None:
         return
     match report.state:
         case RunnerState.IDLE if not report.model_available:
-            attempt = downloads.attempt(rank, picture.clock)
-            if attempt is not None:
-                yield from _to(picture, rank, epoch, DownloadModel(), attempt)
+            attempt, download = downloads.attempt(rank, picture.clock), downloads.task(picture, rank, status)
+            if attempt is not None and download is not None:
+                yield from _to(picture, rank, epoch, download, attempt)
         case RunnerState.IDLE if picture.wanted.world_size > 1:
             if _may_connect(picture, rank, epoch) and (peers := _peers(picture)) is not None:
                 yield from _to(picture, rank, epoch, ConnectToGroup(peers=peers))

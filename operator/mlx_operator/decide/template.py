@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_operator_api import names
 from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS, Runner
+from mlx_operator_api.sizes import quantity
 from mlx_operator_api.source import SourceKind
 
 from .observed import Settings
@@ -40,7 +41,7 @@ def template_hash(wanted: Wanted, image: str, settings: Settings) -> str:
     """Hash of all that a pod is made of, the rank aside; it also tells whether the image was chosen in the spec."""
     runner = wanted.spec.runner or Runner()
     kind = wanted.source.kind
-    inputs = {
+    inputs: dict[str, Any] = {
         "version": TEMPLATE_VERSION,
         "image": image,
         "runner": runner.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"image"}),
@@ -50,6 +51,8 @@ def template_hash(wanted: Wanted, image: str, settings: Settings) -> str:
         "grace": grace_seconds(wanted),
         "key": settings.key_id,
     }
+    if (secret := _credentials(wanted)) is not None:
+        inputs["credentials"] = secret
     return f"{_CHOSEN if runner.image else _DEFAULT}-{digest(inputs)}"
 
 
@@ -200,10 +203,29 @@ def _environment(wanted: Wanted, rank: int, runner: Runner) -> list[dict[str, An
         _downward(names.ENV_POD_UID, "metadata.uid"),
         _downward(names.ENV_POD_IP, "status.podIP"),
         _downward(names.ENV_NODE_NAME, "spec.nodeName"),
+        *_download(wanted),
     ]
     taken = {variable["name"] for variable in ours}
     chosen = [v.model_dump(mode="json", by_alias=True, exclude_none=True) for v in runner.env or ()]
     return [*ours, *(variable for variable in chosen if variable["name"] not in taken)]
+
+
+def _download(wanted: Wanted) -> list[dict[str, Any]]:
+    """What a download needs to know that a task does not tell."""
+    found: list[dict[str, Any]] = []
+    if (secret := _credentials(wanted)) is not None:
+        reference = {"name": secret, "key": names.HUB_TOKEN_KEY}
+        found.append({"name": names.HUB_TOKEN_ENV, "valueFrom": {"secretKeyRef": reference}})
+    cache = wanted.spec.cache
+    if cache is not None and cache.size_limit is not None and not cache.claim_name:
+        found.append({"name": names.ENV_CACHE_BYTES, "value": str(quantity(cache.size_limit))})
+    return found
+
+
+def _credentials(wanted: Wanted) -> str | None:
+    """The Secret with the hub's token; other sources have no use for it."""
+    reference = wanted.spec.model.credentials_secret_ref
+    return reference.name if reference is not None and wanted.source.kind is SourceKind.HUB else None
 
 
 def _downward(name: str, path: str) -> dict[str, Any]:

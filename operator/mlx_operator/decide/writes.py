@@ -44,7 +44,9 @@ def _hard(status: Status) -> tuple[Any, ...]:
         (c.type, c.status, c.observed_generation, c.reason if c.reason.retry is not Retry.NONE else None)
         for c in status.conditions
     ]
-    return rest, conditions, [_hard_runner(record) for record in status.runners]
+    # The commit is told to the other ranks once it is written: a restarted operator must find it.
+    revision = status.model.revision if status.model is not None else None
+    return rest, revision, conditions, [_hard_runner(record) for record in status.runners]
 
 
 def _hard_runner(record: RunnerStatus) -> tuple[Any, ...]:

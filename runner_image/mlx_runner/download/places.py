@@ -3,34 +3,28 @@
 from pathlib import Path
 
 from mlx_operator_api.conditions import Reason
-from mlx_operator_api.source import SourceKind, parse
+from mlx_operator_api.source import Source, SourceKind, parse
 
 from .result import ModelError
 
 
-def directory(source: str, mount: Path) -> Path:
-    """The directory of a source: `pvc://CLAIM/PATH` is MOUNT/PATH, `oci://IMAGE` is MOUNT.
+def parsed(source: str) -> Source:
+    """Read a source.
 
     Raises:
-        ModelError: the source is none that this release reads.
+        ModelError: it is none that this release knows; the operator may be a newer one.
     """
     try:
-        parsed = parse(source)
+        return parse(source)
     except ValueError as error:
         raise ModelError(Reason.SOURCE_UNSUPPORTED, str(error)) from error
-    match parsed.kind:
-        case SourceKind.CLAIM:
-            return mount / parsed.path if parsed.path else mount
-        case SourceKind.IMAGE:
-            return mount
-        case SourceKind.HUB:
-            raise ModelError(
-                Reason.SOURCE_UNSUPPORTED,
-                f"model source {source!r}: this release does not download from the Hugging Face hub",
-            )
 
 
-def describe(source: str) -> str:
+def directory(source: Source, mount: Path) -> Path:
+    """The directory of what is mounted: `pvc://CLAIM/PATH` is MOUNT/PATH, `oci://IMAGE` is MOUNT."""
+    return mount / source.path if source.kind is SourceKind.CLAIM and source.path else mount
+
+
+def describe(source: Source) -> str:
     """The place for a message: `claim models` or `image registry/model:1`."""
-    parsed = parse(source)
-    return f"{'claim' if parsed.kind is SourceKind.CLAIM else 'image'} {parsed.name}"
+    return f"{'claim' if source.kind is SourceKind.CLAIM else 'image'} {source.name}"

@@ -1,5 +1,6 @@
 """What the download says to its supervisor: one JSON object a line on its stdout, the result last."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
@@ -10,10 +11,26 @@ from mlx_operator_api.tasks import ModelFacts
 
 
 class Percent(Lenient):
-    """Progress, 0 to 100."""
+    """Progress, 0 to 100, of `total` bytes (0: not known)."""
 
     kind: Literal["Percent"] = "Percent"
     percent: int
+    total: int = 0
+
+
+class Resolved(Lenient):
+    """The commit that the source's revision stands for; said before anything is fetched."""
+
+    kind: Literal["Resolved"] = "Resolved"
+    revision: str
+
+
+class Trouble(Lenient):
+    """Something that may pass, and is tried again: `what` happened, and after how many seconds."""
+
+    kind: Literal["Trouble"] = "Trouble"
+    what: str
+    seconds: float = 0.0
 
 
 class Found(Lenient):
@@ -21,6 +38,8 @@ class Found(Lenient):
 
     kind: Literal["Found"] = "Found"
     facts: ModelFacts
+    path: Path
+    """The directory that looks like the model; may lack the files of other ranks."""
 
 
 class Refused(Lenient):
@@ -31,7 +50,8 @@ class Refused(Lenient):
     message: str
 
 
-Line = Annotated[Percent | Found | Refused, Field(discriminator="kind")]
+Said = Percent | Resolved | Trouble | Found | Refused
+Line = Annotated[Said, Field(discriminator="kind")]
 _LINES: TypeAdapter[Line] = TypeAdapter(Line)
 
 
@@ -44,7 +64,7 @@ class ModelError(Exception):
         self.message = message
 
 
-def encode(line: Percent | Found | Refused) -> str:
+def encode(line: Said) -> str:
     """One line, without the newline."""
     return line.model_dump_json(by_alias=True, exclude_none=True)
 

@@ -2,56 +2,71 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlx_operator_api.conditions import Reason
+from mlx_operator_api.layers import TooFewLayersError
 from mlx_operator_api.tasks import ModelFacts
 
-from . import safetensors
+from . import choice, safetensors
 from .hashes import MANIFEST, Hashes, manifest
+from .report import Progress
+from .request import Request
 from .result import ModelError
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+WEIGHTS = "model*.safetensors"
+"""What mlx-lm reads."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 """At least one of them; which one depends on the tokenizer's kind."""
 _LAYER_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 
 
-def verify(directory: Path, place: str, memory: Path, tell: Callable[[int], None]) -> ModelFacts:
-    """Check the model in `directory` (of `place`, for messages); `tell` hears percents.
+def verify(directory: Path, place: str, request: Request, progress: Progress) -> ModelFacts:
+    """Check the model in `directory` (of `place`, for messages), with hashes of the files that this rank reads.
 
     Raises:
         ModelError: with the reason, the file and the numbers.
     """
     try:
-        return _verify(directory, place, memory, tell)
+        return _verify(directory, place, request, progress)
     except OSError as error:
         # A volume that answers with errors, or files that this user may not read.
         raise ModelError(Reason.MODEL_UNREACHABLE, f"cannot read {error.filename or directory}: {error}") from error
 
 
-def _verify(directory: Path, place: str, memory: Path, tell: Callable[[int], None]) -> ModelFacts:
+def _verify(directory: Path, place: str, request: Request, progress: Progress) -> ModelFacts:
     if not directory.is_dir():
         what = "is no directory" if directory.exists() else "does not exist"
         raise ModelError(Reason.MODEL_NOT_FOUND, f"{directory} ({place}) {what}")
-    config = _config(directory, place)
+    found = config(directory, place)
     if not any((directory / name).is_file() for name in TOKENIZERS):
         raise ModelError(
             Reason.MODEL_NOT_FOUND, f"no tokenizer in {directory} ({place}): one of {', '.join(TOKENIZERS)} is needed"
         )
-    files = _weights(directory, place)
-    hashed = _check_manifest(directory, memory, tell)
-    tell(100)
-    sizes = {path.name: path.stat().st_size for path in files}
+    expected = index(directory)
+    files = sorted(set(expected.values()) or {path.name for path in directory.glob(WEIGHTS)})
+    if not files:
+        raise ModelError(Reason.MODEL_NOT_FOUND, f"no {WEIGHTS} in {directory} ({place})")
+    check(directory, files)
+    hashed = _check_manifest(directory, _elsewhere(request, expected, found), request.memory, progress)
     return ModelFacts(
         digest=_digest(directory, files, hashed),
-        bytes=sum(sizes.values()),
-        architecture=_architecture(config),
-        layers=_layers(config),
+        bytes=sum((directory / name).stat().st_size for name in files),
+        architecture=architecture(found),
+        layers=layers(found),
     )
+
+
+def _elsewhere(request: Request, expected: dict[str, str], found: dict[str, Any]) -> set[str]:
+    """Weight files that only other ranks read."""
+    try:
+        return set(expected.values()) - choice.mine(request, expected, layers(found), tied=tied(found))
+    except TooFewLayersError:
+        return set()  # refused when it is loaded, with all that is to be said of it
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -64,36 +79,51 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _config(directory: Path, place: str) -> dict[str, Any]:
+def config(directory: Path, place: str) -> dict[str, Any]:
+    """The model's configuration.
+
+    Raises:
+        ModelError: there is none, or it is no JSON object.
+    """
     path = directory / CONFIG
     if not path.is_file():
         raise ModelError(Reason.MODEL_NOT_FOUND, f"no {CONFIG} in {directory} ({place})")
     return _json(path)
 
 
-def _weights(directory: Path, place: str) -> list[Path]:
-    index = directory / INDEX
-    expected: dict[str, set[str]] = {}
-    if index.is_file():
-        weight_map = _json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise ModelError(Reason.MODEL_CORRUPT, f"{index} has no weight_map from tensors to files")
-        for tensor, name in weight_map.items():
-            expected.setdefault(name, set()).add(tensor)
-        _stay_inside(directory, index, expected)
-    else:
-        expected = {path.name: set() for path in directory.glob("model*.safetensors")}
-    if not expected:
-        raise ModelError(Reason.MODEL_NOT_FOUND, f"no model*.safetensors in {directory} ({place})")
-    missing = sorted(name for name in expected if not (directory / name).is_file())
+def index(directory: Path) -> dict[str, str]:
+    """Tensor to file, by the index; empty without one.
+
+    Raises:
+        ModelError: it is damaged, or names files outside of the directory.
+    """
+    path = directory / INDEX
+    if not path.is_file():
+        return {}
+    weight_map = _json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ModelError(Reason.MODEL_CORRUPT, f"{path} has no weight_map from tensors to files")
+    _stay_inside(directory, path, weight_map.values())
+    return weight_map
+
+
+def check(directory: Path, files: Sequence[str]) -> None:
+    """Every one of the weight files is there, sound, and has the tensors that the index places in it.
+
+    Raises:
+        ModelError: what is missing or damaged.
+    """
+    missing = sorted(name for name in files if not (directory / name).is_file())
     if missing:
         some = ", ".join(missing[:5])
         raise ModelError(
-            Reason.MODEL_CORRUPT, f"{directory} lacks {len(missing)} of the {len(expected)} files of {INDEX}: {some}"
+            Reason.MODEL_CORRUPT, f"{directory} lacks {len(missing)} of the {len(files)} files of {INDEX}: {some}"
         )
-    for name, wanted in sorted(expected.items()):
-        _check_file(directory / name, wanted)
-    return [directory / name for name in sorted(expected)]
+    expected: dict[str, set[str]] = {}
+    for tensor, name in index(directory).items():
+        expected.setdefault(name, set()).add(tensor)
+    for name in files:
+        _check_file(directory / name, expected.get(name, set()))
 
 
 def _stay_inside(directory: Path, source: Path, names: Iterable[str]) -> None:
@@ -116,50 +146,57 @@ def _check_file(path: Path, wanted: set[str]) -> None:
         )
 
 
-def _check_manifest(directory: Path, memory: Path, tell: Callable[[int], None]) -> dict[str, str]:
+def _check_manifest(directory: Path, elsewhere: set[str], memory: Path, progress: Progress) -> dict[str, str]:
+    """Hash what the manifest lists, but for the weights that only other ranks read: they check those."""
     wanted = manifest(directory)
     _stay_inside(directory, directory / MANIFEST, wanted)
     missing = sorted(name for name in wanted if not (directory / name).is_file())
     if missing:
         raise ModelError(Reason.MODEL_CORRUPT, f"{directory / missing[0]} is missing, {MANIFEST} lists it")
-    total = sum((directory / name).stat().st_size for name in wanted) or 1
-    done = 0
-
-    def read(count: int) -> None:
-        nonlocal done
-        done += count
-        tell(min(99, done * 100 // total))
-
+    mine = sorted(set(wanted) - elsewhere)
+    progress.need({name: (directory / name).stat().st_size for name in mine})
     hashes = Hashes(memory)
-    for name, expected in sorted(wanted.items()):
-        actual = hashes.sha256(directory / name, read)
-        if actual != expected:
+    for name in mine:
+        actual = hashes.sha256(directory / name, lambda count, name=name: progress.more(name, count))  # type: ignore[misc]
+        if actual != wanted[name]:
             raise ModelError(
-                Reason.MODEL_CORRUPT, f"{directory / name} has sha256 {actual[:16]}…, {MANIFEST} says {expected[:16]}…"
+                Reason.MODEL_CORRUPT,
+                f"{directory / name} has sha256 {actual[:16]}…, {MANIFEST} says {wanted[name][:16]}…",
             )
     return wanted
 
 
-def _digest(directory: Path, weights: list[Path], hashed: dict[str, str]) -> str:
+def _digest(directory: Path, weights: Sequence[str], hashed: dict[str, str]) -> str:
     """One value for "the same model" on every rank: names, sizes, known hashes, and the small files' content."""
     digest = hashlib.sha256()
-    for path in weights:
-        digest.update(f"{path.name}\0{path.stat().st_size}\0{hashed.get(path.name, '')}\n".encode())
+    for name in weights:
+        digest.update(f"{name}\0{(directory / name).stat().st_size}\0{hashed.get(name, '')}\n".encode())
     for name in (CONFIG, INDEX):
         if (directory / name).is_file():
             digest.update(name.encode() + b"\0" + hashlib.sha256((directory / name).read_bytes()).digest())
     return f"sha256:{digest.hexdigest()}"
 
 
-def _architecture(config: dict[str, Any]) -> str | None:
-    kind = config.get("model_type")
+def architecture(found: dict[str, Any]) -> str | None:
+    """What mlx-lm chooses the model's code by."""
+    kind = found.get("model_type")
     return kind if isinstance(kind, str) else None
 
 
-def _layers(config: dict[str, Any]) -> int:
-    text = config.get("text_config")
-    for place in (config, text if isinstance(text, dict) else {}):
+def layers(found: dict[str, Any]) -> int:
+    """Number of layers; 0 where the configuration does not say it in a way we know."""
+    for place in _places(found):
         for key in _LAYER_KEYS:
             if isinstance(place.get(key), int):
                 return int(place[key])
     return 0
+
+
+def tied(found: dict[str, Any]) -> bool:
+    """Whether the head is the embedding, by the configuration."""
+    return any(bool(place.get("tie_word_embeddings")) for place in _places(found))
+
+
+def _places(found: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    text = found.get("text_config")
+    return (found, text) if isinstance(text, dict) else (found,)

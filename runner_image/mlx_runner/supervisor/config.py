@@ -38,6 +38,8 @@ class Config:
     state_dir: Path = Path(names.STATE_MOUNT)
     model_dir: Path = Path(names.MODEL_MOUNT)
     cache_dir: Path = Path(names.CACHE_MOUNT)
+    cache_bytes: int | None = None
+    """Most that may lie in `cache_dir`; None: what its file system has."""
     grace_seconds: float = 30.0
     blas: Path | None = None
     engine_argv: tuple[str, ...] = (sys.executable, "-m", "mlx_runner.engine")
@@ -69,6 +71,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Config:
         state_dir=_directory(environment, names.ENV_STATE_DIR, defaults.state_dir),
         model_dir=Path(environment.get(names.ENV_MODEL_DIR) or defaults.model_dir),
         cache_dir=Path(environment.get(names.ENV_CACHE_DIR) or defaults.cache_dir),
+        cache_bytes=_bytes(environment, names.ENV_CACHE_BYTES),
         grace_seconds=_seconds(environment, names.ENV_GRACE, defaults.grace_seconds),
         blas=Path(blas) if blas else None,
         engine_argv=tuple(shlex.split(engine)) if engine else defaults.engine_argv,
@@ -101,6 +104,15 @@ def _seconds(environment: Mapping[str, str], name: str, default: float) -> float
     if not 0 <= value < float("inf"):
         raise ConfigError(f"{name}={text!r} is no duration: it must be a number of seconds, such as 30")
     return value
+
+
+def _bytes(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name)
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise ConfigError(f"{name}={text!r} is no size: it must be a number of bytes, such as 21474836480")
+    return int(text)
 
 
 def _directory(environment: Mapping[str, str], name: str, default: Path) -> Path:

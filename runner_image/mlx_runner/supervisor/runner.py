@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from mlx_operator_api.conditions import Reason, Retry
 from mlx_operator_api.names import ring_port
@@ -55,6 +56,8 @@ class Runner:
         self.epoch = epoch
         self.facts = facts
         self.engine: EngineProcess | None = None
+        self.model_path: Path | None = None
+        """Where the model is, once DownloadModel is done: LoadModel is accepted only then."""
         self._config = config
         self._machine = machine
         self._broker = broker

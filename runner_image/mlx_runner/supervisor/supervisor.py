@@ -20,7 +20,8 @@ from mlx_operator_api.tasks import (
     TaskAnswer,
     TaskRequest,
 )
-from mlx_runner.download import places, result
+from mlx_runner.download import result
+from mlx_runner.download.request import Request
 from mlx_runner.progress import Phase
 
 from .cgroup import Cgroup
@@ -140,11 +141,11 @@ class Supervisor:
         assert runner is not None  # noqa: S101 (the table accepts nothing else before CreateRunner)
         match task:
             case DownloadModel():
-                runner.track(self._spawn(self._download(runner)))
+                runner.track(self._spawn(self._download(runner, task)))
             case ConnectToGroup():
                 runner.connect(task)
             case LoadModel():
-                runner.load(str(places.directory(runner.facts.source, self.config.model_dir)))
+                runner.load(str(runner.model_path))
             case StartWarmup():
                 runner.warm_up()
             case Shutdown():
@@ -179,24 +180,40 @@ class Supervisor:
                 return
             self.machine.complete(runner.epoch, TaskName.CREATE_RUNNER)
 
-    async def _download(self, runner: Runner) -> None:
-        def tell(percent: int) -> None:
+    async def _download(self, runner: Runner, task: DownloadModel) -> None:
+        def tell(**facts: Any) -> None:
             if runner is self.runner:
-                self.machine.note(download_percent=percent)
+                self.machine.note(**facts)
 
         said = await download(
-            runner.facts.source,
-            self.config.model_dir,
-            self.config.state_dir / "hashes.json",
+            Request(
+                source=runner.facts.source,
+                model_dir=self.config.model_dir,
+                cache_dir=self.config.cache_dir,
+                memory=self.config.state_dir / "hashes.json",
+                revision=task.revision,
+                rank=self.config.rank,
+                world_size=runner.facts.world_size,
+                sharding=runner.facts.sharding,
+                memory_limits=task.memory_limits,
+                cache_bytes=self.config.cache_bytes,
+            ),
             seconds=runner.facts.deadlines.download,
-            on_percent=tell,
+            tell=tell,
         )
         if isinstance(said, result.Found):
+            runner.model_path = said.path
             self.machine.complete(
-                runner.epoch, TaskName.DOWNLOAD_MODEL, model=said.facts, model_available=True, download_percent=100
+                runner.epoch,
+                TaskName.DOWNLOAD_MODEL,
+                model=said.facts,
+                model_available=True,
+                download_percent=100,
+                download_trouble=None,
             )
         else:
             log.error(f"download failed: reason={said.reason} epoch={runner.epoch}: {said.message}")
+            tell(download_trouble=None)
             why = {"reason": said.reason, "message": said.message}
             if (
                 self.machine.fail_task(runner.epoch, TaskName.DOWNLOAD_MODEL, **why)
