@@ -16,6 +16,12 @@ from mlx_operator_api.tasks import Peer, Sharding
 
 FD_VARIABLE = "MLX_RUNNER_CHANNEL_FD"
 PROGRESS_VARIABLE = "MLX_RUNNER_PROGRESS_FILE"
+BACKGROUND_VARIABLE = "MLX_RUNNER_BACKGROUND"
+"""Set for an engine that is started while another one serves: its imports must not be felt."""
+SPARE_NAME = "mlx-spare"
+"""Name of the process (`ps -o comm`) until its first command: it stands by and belongs to no epoch."""
+ENGINE_NAME = "mlx-engine"
+"""Its name from its first command on."""
 FAILURE_EXIT_CODE = 70
 """The engine reported a failure and ended itself (EX_SOFTWARE)."""
 
@@ -53,6 +59,8 @@ class Load(Lenient):
     max_tokens: int | None = None
     context_length: int | None = None
     memory_limit_bytes: int | None = None
+    spare_bytes: int = 0
+    """Of that limit, what a spare engine beside this one will take."""
 
 
 class Warmup(Lenient):

@@ -2,8 +2,10 @@
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
+from mlx_runner import channel
 from tests.node.instance import Instance
 from tests.node.kube import Object, wait_for
 
@@ -11,19 +13,29 @@ ENGINE = "mlx_runner.engine"
 
 
 def pids(cluster: Any, instance: Instance, rank: int) -> dict[str, list[int]]:
-    """Host pids in a rank's container: `engine` and `supervisor` (PID 1 there)."""
+    """Host pids in a rank's container: `engine` in use, `spare` beside it, and `supervisor` (PID 1 there)."""
     return pids_in(cluster, instance.pods()[rank])
 
 
 def pids_in(cluster: Any, pod: Object) -> dict[str, list[int]]:
     """The same for a pod as the API server has it."""
-    found: dict[str, list[int]] = {"engine": [], "supervisor": []}
+    engines: list[int] = []
+    supervisors: list[int] = []
     for pid, command in cluster.container_pids(pod["spec"]["nodeName"], pod["metadata"]["uid"]):
         if ENGINE in command:
-            found["engine"].append(pid)
+            engines.append(pid)
         elif "mlx_runner" in command:
-            found["supervisor"].append(pid)
-    return found
+            supervisors.append(pid)
+    # An engine takes its name with its first command; before that, none is in use and one at most may be there.
+    used = [pid for pid in engines if _name(pid) == channel.ENGINE_NAME] or engines
+    return {"engine": used, "spare": [pid for pid in engines if pid not in used], "supervisor": supervisors}
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def engine_pid(cluster: Any, instance: Instance, rank: int) -> int:
@@ -45,7 +57,7 @@ def kill_engine(cluster: Any, instance: Instance, rank: int) -> None:
 def kill_container(cluster: Any, instance: Instance, rank: int) -> None:
     """PID 1 and the engine together: what an OOM kill does on cgroup v2."""
     found = pids(cluster, instance, rank)
-    for pid in (*found["supervisor"], *found["engine"]):
+    for pid in (*found["supervisor"], *found["engine"], *found["spare"]):
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:

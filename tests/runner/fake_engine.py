@@ -6,7 +6,8 @@ the frame port, the others dial it; EOF there is a lost peer, as with the real e
 
 `FAKE_ENGINE_PLAN` may name a JSON file that is read at each command, so that a test can change it between epochs:
 `{"hang": "Load", "fail": {"on": "Connect", "reason": …, "message": …}, "exit": {"on": "Warmup", "code": 3},
-"eat": "Load" (memory, without end), "token_seconds": 0.1, "layers": 4, "tokens": 12, "stderr": "…"}`.
+"eat": "Load" (memory, until the plan changes), "bytes": 1000 (of it at a time), "token_seconds": 0.1, "layers": 4,
+"tokens": 12, "stderr": "…"}`.
 """
 
 import json
@@ -35,6 +36,10 @@ def plan() -> dict[str, Any]:
         return dict(json.loads(Path(path).read_text())) if path else {}
     except FileNotFoundError:
         return {}
+
+
+def _name(name: str) -> None:
+    Path("/proc/self/comm").write_text(name)
 
 
 class FakeEngine:
@@ -70,11 +75,13 @@ class FakeEngine:
         os._exit(0)
 
     def run(self) -> None:
+        _name(channel.SPARE_NAME)
         self.progress.write(Phase.IDLE)
         threading.Thread(target=self.read_commands, daemon=True).start()
         self.say(channel.Started(pid=os.getpid(), device="cpu", blas="bundled"))
         while True:
             command = self.commands.get()
+            _name(channel.ENGINE_NAME)
             self.obey_plan(command.kind)
             match command:
                 case channel.Connect():
@@ -99,8 +106,8 @@ class FakeEngine:
             os._exit(channel.FAILURE_EXIT_CODE)
         if today.get("eat") == kind:
             eaten = []
-            while True:
-                eaten.append(b"x" * 16 * 1024 * 1024)
+            while plan().get("eat") == kind:
+                eaten.append(b"x" * int(today.get("bytes", 16 * 1024 * 1024)))
         if today.get("hang") == kind:
             self.progress.write(Phase.WAITING)
             threading.Event().wait()

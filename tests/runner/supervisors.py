@@ -35,6 +35,7 @@ from mlx_operator_api.tasks import (
     TaskPhase,
     TaskRequest,
 )
+from mlx_runner import channel
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE_ENGINE = f"{sys.executable} {ROOT / 'tests/runner/fake_engine.py'}"
@@ -71,6 +72,7 @@ class Pod:
         self.reports: list[RunnerReport] = []
         self.prefix: list[str] = []
         self._models = models
+        self._environment: dict[str, str] = {}
         self._engine = engine
         self._news = asyncio.Event()
         self._stream: asyncio.Task[None] | None = None
@@ -105,16 +107,18 @@ class Pod:
             **({"MLX_RUNNER_ENGINE": self._engine} if self._engine else {}),
             **environment,
         }
-        self._spawn(env)
+        self._environment = env
+        self.spawn()
         self._http = self._http or aiohttp.ClientSession(headers={"Authorization": f"Bearer {TOKEN}"})
         self.reports.clear()
         self._stream = asyncio.create_task(self._read_stream())
         await self.until(lambda report: True, "a first report")
 
-    def _spawn(self, environment: dict[str, str]) -> None:
+    def spawn(self) -> None:
+        """Start the process again, as it was started."""
         with (self.home / "log").open("ab") as log:
             argv = [*self.prefix, sys.executable, "-m", "mlx_runner"]
-            self._process = subprocess.Popen(argv, env=environment, stderr=log)
+            self._process = subprocess.Popen(argv, env=self._environment, stderr=log)
 
     async def stop(self) -> None:
         """End whatever still lives."""
@@ -124,7 +128,7 @@ class Pod:
         if self._http is not None:
             await self._http.close()
         if self._process is not None and self._process.poll() is None:
-            for pid in [self.pid, *self.engines()]:
+            for pid in [self.pid, *self.children()]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self._process.wait()
@@ -133,13 +137,22 @@ class Pod:
         assert self._process is not None
         return await asyncio.wait_for(asyncio.to_thread(self._process.wait), PATIENCE)
 
-    def engines(self) -> list[int]:
+    def children(self) -> list[int]:
         """Living children of the supervisor, zombies included."""
         try:
             text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
         except FileNotFoundError:
             return []
         return [int(pid) for pid in text.split()]
+
+    def engines(self) -> list[int]:
+        """The engines in use (one at most, or the product is wrong); where none is, those that stand by."""
+        children = self.children()
+        return [pid for pid in children if _name(pid) == channel.ENGINE_NAME] or children
+
+    def spares(self) -> list[int]:
+        """Engines that stand by beside the one in use."""
+        return [pid for pid in self.children() if pid not in self.engines()]
 
     def plan(self, **plan: Any) -> None:
         """What the fake engine does from its next command on."""
@@ -216,6 +229,12 @@ class Pod:
         status, text = await self.post(self.request(task, epoch, **fields))
         assert status == 200, text
         return TaskAnswer.model_validate_json(text)
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 _FOREVER = aiohttp.ClientTimeout(total=None, sock_connect=5)
@@ -304,7 +323,7 @@ async def group(
         write_model(models / "tiny")
     pods = []
     for rank in range(count):
-        (home / f"pod-{rank}").mkdir()
+        (home / f"pod-{rank}").mkdir(exist_ok=True)
         pods.append(Pod(rank, home / f"pod-{rank}", models, engine))
     try:
         await asyncio.gather(*(pod.start(**environment) for pod in pods))

@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from mlx_runner.supervisor import engine_process
 from mlx_runner.supervisor.cgroup import Cgroup
 from mlx_runner.supervisor.config import Config
 from mlx_runner.supervisor.engine_process import EngineProcess
-from mlx_runner.supervisor.engines import Engines
+from mlx_runner.supervisor.engines import Engines, spare_bytes
 from mlx_runner.supervisor.watch import read_process
 
 PATIENCE = 60.0
@@ -105,3 +107,84 @@ async def test_a_program_that_is_not_there_is_an_error_of_the_start(tmp_path: Pa
     settings = Config(uid="u", rank=0, token="t", state_dir=tmp_path, engine_argv=("/nowhere/engine",))
     with pytest.raises(FileNotFoundError):
         await engine_process.spawn(settings, Cgroup())
+
+
+async def test_a_spare_stands_by_once_the_engine_in_use_serves_and_is_the_next_one(tmp_path: Path) -> None:
+    engines = Engines(config(tmp_path, f"{PREAMBLE}{STARTED} time.sleep(3600)"), Cgroup())
+    first = await engines.take()
+    engines.prepare()
+    await asyncio.sleep(0)
+    assert children() == {first.pid}, "none before it serves"
+    engines.stand_by()
+    await until(lambda: len(children()) == 2)
+    (spare,) = children() - {first.pid}
+    assert oom_score(spare) == 1000
+    second = await engines.take()
+    assert second.pid == spare
+    assert children() == {spare}, "the engine that was in use is gone"
+    assert oom_score(spare) == oom_score(os.getpid())
+    engines.stand_by()
+    await until(lambda: len(children()) == 2)
+    await engines.close()
+    assert not children()
+
+
+async def test_a_spare_that_dies_is_replaced_and_one_that_was_frozen_or_killed_harms_nobody(tmp_path: Path) -> None:
+    engines = Engines(config(tmp_path, f"{PREAMBLE}{STARTED} time.sleep(3600)"), Cgroup())
+    first = await engines.take()
+    engines.stand_by()
+    await until(lambda: len(children()) == 2)
+    (spare,) = children() - {first.pid}
+    os.kill(spare, signal.SIGKILL)
+    await until(lambda: len(children()) == 2 and spare not in children())
+    assert first.alive
+    await engines.close()
+
+
+@pytest.mark.parametrize(("limit", "spares"), [(3, 0), (5, 1)])
+async def test_under_a_small_memory_limit_there_is_no_spare(tmp_path: Path, limit: int, spares: int) -> None:
+    place = tmp_path / "cgroup"
+    place.mkdir()
+    engines = Engines(config(tmp_path, f"{PREAMBLE}{STARTED} time.sleep(3600)"), Cgroup(place, place / "membership"))
+    first = await engines.take()
+    await until(lambda: first.bare_bytes > 0)
+    (place / "memory.max").write_text(str(limit * first.bare_bytes))
+    first.reserved_bytes = spare_bytes(limit * first.bare_bytes, first.bare_bytes)
+    assert first.reserved_bytes == spares * first.bare_bytes
+    engines.stand_by()
+    if spares:
+        await until(lambda: len(children()) == 2)
+    else:
+        assert not [task for task in asyncio.all_tasks() if task.get_name() == "next-engine"]
+    await engines.close()
+
+
+async def test_the_kill_of_a_spare_for_memory_is_not_told_of_the_engine_in_use(tmp_path: Path) -> None:
+    place = tmp_path / "cgroup"
+    place.mkdir()
+    events = place / "memory.events"
+    events.write_text("oom_kill 0\n")
+    engines = Engines(config(tmp_path, f"{PREAMBLE}{STARTED} time.sleep(3600)"), Cgroup(place, place / "membership"))
+    first = await engines.take()
+    engines.stand_by()
+    await until(lambda: len(children()) == 2)
+    (spare,) = children() - {first.pid}
+    events.write_text("oom_kill 1\n")
+    os.kill(spare, signal.SIGKILL)
+    await until(lambda: children() == {first.pid})
+    engines.stand_by()
+    assert not [task for task in asyncio.all_tasks() if task.get_name() == "next-engine"], "the next would die as well"
+    os.kill(first.pid, signal.SIGKILL)
+    exit_ = await asyncio.wait_for(first.wait(), PATIENCE)
+    assert (exit_.signal, exit_.oom_kills) == ("SIGKILL", 0)
+    await engines.close()
+
+
+def oom_score(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 (the kernel's table of processes tells no news)
+            await asyncio.sleep(0.02)

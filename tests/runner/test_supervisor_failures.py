@@ -179,7 +179,7 @@ async def test_a_stopped_engine_is_stalled_and_killed(tmp_path: Path) -> None:
         os.kill(engine, signal.SIGSTOP)
         reason, message, _ = await failure_of(instance, 1)
         assert reason is Reason.RUNNER_STALLED
-        assert message.startswith("engine process stopped (state T) in RunnerReady, step ")
+        assert message.startswith("engine process stopped (state T for ")
         await instance.ready(2)
         assert engine not in instance.pods[1].engines()
 

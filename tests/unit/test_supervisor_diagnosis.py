@@ -142,16 +142,39 @@ def verdict(samples: list[Sample], progress: float = 120.0) -> tuple[float, Stal
     return None
 
 
-def test_a_stopped_process_is_told_at_the_second_look() -> None:
-    found = verdict([sample(t, process="T" if t > 3 else "S", cpu=t) for t in range(10)])
-    assert found == (5, Stall("engine process stopped (state T) in RunnerRunning, step 5"))
+def test_a_stopped_process_is_told_when_it_stays_so() -> None:
+    found = verdict([sample(t, process="T" if t > 3 else "S", cpu=min(t, 3), changed=2.5) for t in range(10)])
+    message = "engine process stopped (state T for 2 s) in RunnerRunning, step 5, last progress 4 s ago"
+    assert found == (6, Stall(message))
+
+
+def test_one_that_is_stopped_and_continued_over_and_over_works() -> None:
+    assert verdict([sample(t, process="T", cpu=t / 20) for t in range(100)]) is None
+
+
+def test_one_that_waits_for_a_disk_is_not_frozen_but_has_its_deadline() -> None:
+    waiting = [
+        Sample(t, Process("S", 1.0, disk=True), Snapshot(5, 0, Phase.COMPUTING, -1, 0.0), S.RUNNING, True)
+        for t in range(200)
+    ]
+    found = verdict(waiting)
+    assert found is not None
+    assert (found[0], found[1].message.startswith("engine made no step for 120 s")) == (120, True)
 
 
 def test_computing_without_cpu_time_is_told_after_five_seconds() -> None:
     found = verdict([sample(t) for t in range(10)])
     assert found is not None
     assert found[0] == 5
-    assert found[1].message == ("engine used no CPU for 5 s while computing in RunnerRunning, process state S, step 5")
+    assert found[1].message == (
+        "engine used 0.00 s of CPU in 5 s while computing in RunnerRunning, process state S, step 5, "
+        "last progress 5 s ago"
+    )
+
+
+@pytest.mark.parametrize(("cores", "told"), [(0.005, True), (0.05, False)])
+def test_waiting_for_pythons_lock_is_no_computing_but_a_twentieth_of_a_core_is(cores: float, told: bool) -> None:
+    assert (verdict([sample(t, cpu=t * cores) for t in range(60)]) is not None) is told
 
 
 @pytest.mark.parametrize(
@@ -181,15 +204,20 @@ def test_no_step_within_the_progress_deadline_is_told_although_cpu_is_burnt() ->
 
 def test_a_rank_that_waits_blames_the_one_it_waits_for_and_later_than_that_one_itself() -> None:
     found = verdict([sample(t, phase=Phase.WAITING, waiting_for=1) for t in range(200)])
-    assert found == (125, Stall("no answer from rank 1 for 125 s in RunnerRunning, step 5", peer=1))
+    message = "no answer from rank 1 for 125 s in RunnerRunning, step 5, last progress 125 s ago"
+    assert found == (125, Stall(message, peer=1))
 
 
 def test_a_process_is_read_from_proc_whatever_its_name(tmp_path: Path) -> None:
     (tmp_path / "7").mkdir()
     fields = ["T", "1", "7", "7", "0", "-1", "0", "0", "0", "0", "0", "250", "50", *["0"] * 30]
     (tmp_path / "7/stat").write_text(f"7 (a ) (b) {' '.join(fields)}")
-    assert read_process(7, tmp_path) == Process("T", 300 / os.sysconf("SC_CLK_TCK"))
-    assert read_process(8, tmp_path) is None
+    cpu = 300 / os.sysconf("SC_CLK_TCK")
+    assert read_process(7, proc=tmp_path) == Process("T", cpu)
+    assert read_process(8, proc=tmp_path) is None
+    (tmp_path / "7/task/9").mkdir(parents=True)
+    (tmp_path / "7/task/9/stat").write_text(f"9 (a) D {' '.join(fields[1:])}")
+    assert read_process(7, threads=True, proc=tmp_path) == Process("T", cpu, disk=True)
     mine = read_process(os.getpid())
     assert mine is not None
     assert mine.state in "RS"

@@ -8,9 +8,11 @@ from typing import Any, cast
 import pytest
 
 from mlx_operator_api.conditions import Reason
+from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.tasks import LoadModel, TaskRequest
 from mlx_runner.progress import Phase, Snapshot
 from mlx_runner.supervisor import supervisor as module
+from mlx_runner.supervisor import watch
 from mlx_runner.supervisor.config import Config
 from mlx_runner.supervisor.runner import Runner
 from mlx_runner.supervisor.supervisor import BadTaskError, Supervisor
@@ -31,7 +33,7 @@ async def test_a_bug_in_the_watch_is_logged_and_the_next_stall_is_still_seen(
 ) -> None:
     looks = 0
 
-    def read(pid: int) -> Process:
+    def read(pid: int, *, threads: bool) -> Process:
         nonlocal looks
         looks += 1
         if looks == 1:
@@ -40,6 +42,7 @@ async def test_a_bug_in_the_watch_is_logged_and_the_next_stall_is_still_seen(
 
     monkeypatch.setattr(module, "read_process", read)
     monkeypatch.setattr(module, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(watch, "STOPPED_SECONDS", 0.0)
     monkeypatch.setattr(supervisor.engines, "prepare", lambda: None)
     failed: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
 
@@ -52,7 +55,12 @@ async def test_a_bug_in_the_watch_is_logged_and_the_next_stall_is_still_seen(
 
     stopped = SimpleNamespace(pid=1, alive=True, progress=Snapshot(0, 0, Phase.IDLE, -1, 0.0))
     facts = SimpleNamespace(deadlines=SimpleNamespace(progress=60.0))
-    supervisor.runner = cast(Runner, SimpleNamespace(engine=stopped, facts=facts, fail=fail, clean_up=clean_up))
+    supervisor.runner = cast(
+        Runner,
+        SimpleNamespace(
+            engine=stopped, facts=facts, fail=fail, clean_up=clean_up, true_state=lambda: RunnerState.READY
+        ),
+    )
     supervisor.start()
     assert await asyncio.wait_for(failed, 30) is Reason.RUNNER_STALLED
     assert "a bug in the watch of the engine" in caplog.text

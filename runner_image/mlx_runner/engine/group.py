@@ -5,6 +5,7 @@ pipeline rank r has one to rank r + 1 for hidden states.
 """
 
 import contextlib
+import errno
 import socket
 import threading
 import time
@@ -175,8 +176,12 @@ class Former:
         while not self._over.is_set():
             try:
                 sock, address = listener.accept()
-            except OSError:
-                break  # the group is formed, or given up
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    break  # the group is formed, or given up
+                self._forget(None, f"a connection that could not be accepted: {(error.strerror or '').lower()}")
+                self._over.wait(_RETRY_SECONDS)
+                continue
             if self._slots.acquire(blocking=False):
                 threading.Thread(target=self._greet, args=(sock, address[0]), name="greet", daemon=True).start()
             else:
@@ -196,8 +201,9 @@ class Former:
         finally:
             self._slots.release()
 
-    def _forget(self, sock: socket.socket, why: str) -> None:
-        sock.close()
+    def _forget(self, sock: socket.socket | None, why: str) -> None:
+        if sock is not None:
+            sock.close()
         with self._changed:
             if why in self._strangers:
                 return

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import threading
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,24 @@ _ENVIRONMENT = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_LOWEST = 19
+
+
+def import_quietly() -> None:
+    """The same while another engine serves: at the lowest priority, and that only until it is done.
+
+    A process may not raise its priority again, but a thread that is over has none: it imports, and this one stays as
+    it is. MLX itself (20 ms) is imported here, because its thread for computing comes with it.
+    """
+    import mlx.core  # noqa: F401
+
+    def quietly() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
+        import_all()
+
+    thread = threading.Thread(target=quietly, name="imports")
+    thread.start()
+    thread.join()
 
 
 def import_all() -> None:

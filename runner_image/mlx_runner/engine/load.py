@@ -60,7 +60,7 @@ def load(command: Load, group: Any, tell: Callable[[LayerLoaded], None]) -> Shar
     note = _convert(model)
     if group is not None:
         _shard(model, group)
-    _check_memory(model, command.memory_limit_bytes)
+    _check_memory(model, command.memory_limit_bytes, command.spare_bytes)
     _materialize(model, span, tell)
     size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     return Shard(model, config, span, Loaded(layers=str(span), layers_total=len(_own(model)), bytes=size, note=note))
@@ -189,12 +189,13 @@ def _shard(model: Any, group: Any) -> None:
         raise EngineError(Reason.MODEL_UNSUPPORTED, message) from error
 
 
-def _check_memory(model: Any, limit: int | None) -> None:
+def _check_memory(model: Any, limit: int | None, spare: int) -> None:
     needed = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     resident = _resident_bytes()
-    if limit is not None and needed + resident > limit:
+    if limit is not None and needed + resident + spare > limit:
+        beside = f", a spare engine {_mebibytes(spare)}" if spare else ""
         message = (
-            f"the shard needs {_mebibytes(needed)} and the engine {_mebibytes(resident)}, "
+            f"the shard needs {_mebibytes(needed)} and the engine {_mebibytes(resident)}{beside}, "
             f"more than the memory limit of {_mebibytes(limit)}"
         )
         raise EngineError(Reason.INSUFFICIENT_MEMORY, message)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .serving import Server
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 _RING_GRACE_SECONDS = 0.5
 """MLX's error on a lost ring names nobody; the threads that watch the sockets name the rank within this time."""
 
@@ -53,6 +54,7 @@ class Engine:
         from . import serving  # after imports.import_all()
 
         command = self._commands.get()
+        _prctl(_PR_SET_NAME, channel.ENGINE_NAME.encode())
         group: serving.Formed | None = None
         if isinstance(command, channel.Connect):
             self._reason = Reason.CONNECT_FAILED
@@ -121,7 +123,9 @@ class Engine:
 def main() -> None:
     """Entry point. Ends by `os._exit` only: a destructor of MLX may hang when its group is broken."""
     faulthandler.enable()
-    _die_with_parent()
+    # No engine outlives its supervisor, also one that is too stuck to notice the closed channel.
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(_PR_SET_NAME, channel.SPARE_NAME.encode())
     engine = Engine(
         socket.socket(fileno=int(os.environ[channel.FD_VARIABLE])),
         Progress(Path(os.environ[channel.PROGRESS_VARIABLE])),
@@ -130,7 +134,10 @@ def main() -> None:
     # A thread that ended unseen would leave the others waiting for ever.
     threading.excepthook = lambda hook: engine.crash(hook.exc_value or RuntimeError(f"{hook.exc_type}"))
     try:
-        imports.import_all()
+        if channel.BACKGROUND_VARIABLE in os.environ:
+            imports.import_quietly()
+        else:
+            imports.import_all()
         engine.start()
         engine.events.send(channel.Started(pid=os.getpid(), device=imports.device(), blas=imports.blas()))
         engine.run()
@@ -139,6 +146,6 @@ def main() -> None:
     engine.ending.leave()
 
 
-def _die_with_parent() -> None:
-    """No engine outlives its supervisor, also one that is too stuck to notice the closed channel."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def _prctl(option: int, value: int | bytes) -> None:
+    """prctl(2) with one argument, for the main thread."""
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)

@@ -20,11 +20,11 @@ class Child:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
         self.pid = process.pid
+        # A pidfd is readable once the process has ended: no thread, no race with other users of SIGCHLD.
+        self._pidfd = os.pidfd_open(process.pid)
         _owned.add(self.pid)
         loop = asyncio.get_running_loop()
         self._exit: asyncio.Future[int] = loop.create_future()
-        # A pidfd is readable once the process has ended: no thread, no race with other users of SIGCHLD.
-        self._pidfd = os.pidfd_open(process.pid)
         loop.add_reader(self._pidfd, self._ended)
 
     @property
@@ -67,7 +67,7 @@ def spawn(
     """Start a child.
 
     Raises:
-        OSError: it cannot be started (no such program, no memory, no process id left).
+        OSError: it cannot be started (no such program, no memory, no process id or file descriptor left).
     """
     process = subprocess.Popen(
         argv,
@@ -78,7 +78,12 @@ def spawn(
         pass_fds=pass_fds,
         start_new_session=True,
     )
-    return Child(process)
+    try:
+        return Child(process)
+    except OSError:  # no descriptor left for the pidfd: a child that nobody can wait for must not live
+        process.kill()
+        process.wait()
+        raise
 
 
 def reap_orphans() -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -24,6 +25,8 @@ MAX_EVENT_BYTES = 16 * 1024 * 1024
 _SETTLE_SECONDS = 1.0
 """After the end of the process: for what is still in its pipes (a grandchild may hold them open for ever)."""
 _ENGINE_LINE = "engine: "
+_FIRST_TO_DIE = 1000
+"""oom_score_adj: where memory is short, the kernel takes this process before any other of the container."""
 
 
 class EngineProcess:
@@ -32,6 +35,10 @@ class EngineProcess:
     def __init__(self, child: children.Child, progress: Progress, cgroup: Cgroup) -> None:
         self.pid = child.pid
         self.started = False
+        self.bare_bytes = 0
+        """Resident memory of the engine with its imports done and nothing loaded; 0: not started yet."""
+        self.reserved_bytes = 0
+        """What the sum of its memory leaves of the limit for a spare beside it."""
         self.on_event: Callable[[channel.Event], None] = lambda event: None
         self.on_exit: Callable[[evidence.Exit], None] = lambda exit_: None
         self._child = child
@@ -65,6 +72,28 @@ class EngineProcess:
     def kill(self) -> None:
         """SIGKILL, whatever it does."""
         self._child.kill()
+
+    # -- a spare
+    def offer_to_oom_killer(self) -> None:
+        """It stands by and is the one that the pod can spare."""
+        self._write_oom_score(_FIRST_TO_DIE)
+
+    def adopt(self) -> None:
+        """An epoch uses it from now on: what happened in the cgroup before is not its story."""
+        self._oom_before = self._cgroup.oom_kills()
+        with suppress(OSError):
+            # Allowed without privileges: down to what the container was given, never below.
+            self._write_oom_score(int(Path("/proc/self/oom_score_adj").read_text()))
+
+    def forgive(self, oom_kills: int) -> None:
+        """So many kills in this cgroup since its start hit another process."""
+        self._oom_before += oom_kills
+
+    def _write_oom_score(self, score: int) -> None:
+        try:
+            Path(f"/proc/{self.pid}/oom_score_adj").write_text(str(score))
+        except OSError as error:
+            log.debug("oom_score_adj of engine pid=%d stays as it is: %s", self.pid, error)
 
     async def wait(self) -> evidence.Exit:
         """Its exit, once it was reaped and its last words were read."""
@@ -133,6 +162,7 @@ class EngineProcess:
             return
         if isinstance(event, channel.Started):
             self.started = True
+            self.bare_bytes = _resident_bytes(self.pid)
             log.info("engine started pid=%d device=%s blas=%s", self.pid, event.device, event.blas)
         elif isinstance(event, channel.Notice):
             log.log(logging.WARNING if event.level == "warning" else logging.INFO, "engine: %s", event.text)
@@ -156,34 +186,48 @@ def _log_bug(task: "asyncio.Task[None]") -> None:
         log.critical("a bug in the supervisor: %s", error, exc_info=error)
 
 
-async def spawn(config: Config, cgroup: Cgroup) -> EngineProcess:
-    """Start an engine.
+async def spawn(config: Config, cgroup: Cgroup, *, background: bool = False) -> EngineProcess:
+    """Start an engine; in the `background` of one that serves.
 
     Raises:
         OSError: it cannot be started.
     """
-    page = config.state_dir / "progress"
-    page.unlink(missing_ok=True)
-    progress = Progress(page, create=True)
-    ours, theirs = socket.socketpair()
-    read_end, write_end = os.pipe()
-    try:
-        environment = engine_environment(config, cgroup, page, theirs.fileno())
+    with ExitStack() as on_error, ExitStack() as theirs:
+        # In memory: no full or read-only volume keeps an engine from its start.
+        page = os.memfd_create("progress")
+        theirs.callback(os.close, page)
+        path = Path(f"/proc/self/fd/{page}")
+        progress = Progress(path, create=True)
+        on_error.callback(progress.close)
+        our_end, their_end = socket.socketpair()
+        on_error.callback(our_end.close)
+        theirs.callback(their_end.close)
+        read_end, write_end = os.pipe()
+        on_error.callback(os.close, read_end)
+        theirs.callback(os.close, write_end)
+        environment = dict(engine_environment(config, cgroup, path, their_end.fileno()))
+        if background:
+            environment[channel.BACKGROUND_VARIABLE] = "1"
         child = children.spawn(
-            config.engine_argv, environment=environment, stdout=write_end, stderr=write_end, pass_fds=[theirs.fileno()]
+            config.engine_argv,
+            environment=environment,
+            stdout=write_end,
+            stderr=write_end,
+            pass_fds=[their_end.fileno(), page],
         )
-    except OSError:
-        ours.close()
-        os.close(read_end)
-        progress.close()
-        raise
-    finally:
-        theirs.close()
-        os.close(write_end)
+        on_error.pop_all()
     engine = EngineProcess(child, progress, cgroup)
-    reader, writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_EVENT_BYTES)
+    reader, writer = await asyncio.open_unix_connection(sock=our_end, limit=MAX_EVENT_BYTES)
     engine.run(reader, writer, *await _read_pipe(read_end))
     return engine
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):  # it has just ended
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def engine_environment(config: Config, cgroup: Cgroup, page: Path, fd: int) -> Mapping[str, str]:

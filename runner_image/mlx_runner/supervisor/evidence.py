@@ -10,8 +10,8 @@ MAX_LINE = 1024
 _STRONG = (
     re.compile(r"^(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b(?::|$)"),
     re.compile(r"\bwhat\(\):"),
-    re.compile(r"^Fatal Python error\b"),
     re.compile(r"\bterminate called\b"),
+    re.compile(r"^Fatal Python error\b"),
 )
 _WEAK = re.compile(r"\b(?:error|failed|cannot|can't|couldn't|no module named|abort(?:ed)?|segmentation fault)\b", re.I)
 

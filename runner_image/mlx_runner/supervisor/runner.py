@@ -20,6 +20,7 @@ from . import diagnosis, evidence, ring
 from .config import Config
 from .diagnosis import Diagnosis
 from .engine_process import EngineProcess
+from .engines import spare_bytes
 from .machine import Machine, utc_now
 from .requests import Broker
 
@@ -37,7 +38,7 @@ _ANSWERS: dict[type, TaskName] = {
 
 
 class Runner:
-    """The runner of `epoch`. `on_gone` is called once, when its engine is dead and reaped."""
+    """The runner of `epoch`. `on_ready` is called once its engine serves, `on_gone` once it is dead and reaped."""
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class Runner:
         config: Config,
         machine: Machine,
         broker: Broker,
+        on_ready: Callable[[], None] = lambda: None,
         on_gone: Callable[[], None] = lambda: None,
     ) -> None:
         self.epoch = epoch
@@ -55,6 +57,7 @@ class Runner:
         self._config = config
         self._machine = machine
         self._broker = broker
+        self._on_ready = on_ready
         self._on_gone = on_gone
         self._deadline: asyncio.TimerHandle | None = None
         self._cleanup: asyncio.Task[None] | None = None
@@ -98,6 +101,7 @@ class Runner:
     def load(self, path: str) -> None:
         """Load the shard from a directory; answered by `Loaded`."""
         serving = self.facts.serving
+        limit = self._machine.report.memory_limit_bytes
         self._command(
             channel.Load(
                 path=path,
@@ -108,11 +112,18 @@ class Runner:
                 max_concurrent_requests=serving.max_concurrent_requests,
                 max_tokens=serving.max_tokens,
                 context_length=serving.context_length,
-                memory_limit_bytes=self._machine.report.memory_limit_bytes,
+                memory_limit_bytes=limit,
+                spare_bytes=self._reserve(limit),
             ),
             self.facts.deadlines.load,
             Reason.LOAD_TIMEOUT,
         )
+
+    def _reserve(self, limit: int | None) -> int:
+        if self.engine is None:
+            return 0
+        self.engine.reserved_bytes = spare_bytes(limit, self.engine.bare_bytes)
+        return self.engine.reserved_bytes
 
     def warm_up(self) -> None:
         """Run the first forward passes; answered by `WarmedUp`."""
@@ -191,7 +202,7 @@ class Runner:
         failure = LastFailure(
             epoch=self.epoch,
             time=utc_now(),
-            state=self._true_state(),
+            state=self.true_state(),
             reason=reason,
             message=message[:4096],
             exit_code=exit_.code if exit_ else None,
@@ -205,7 +216,7 @@ class Runner:
                 self._broker.give_up(message)
         self.retire(last_words)
 
-    def _true_state(self) -> RunnerState:
+    def true_state(self) -> RunnerState:
         """The state at this moment: a worker knows of no requests, but its engine has rows to compute."""
         state = self._machine.state
         if state is RunnerState.READY and self.engine is not None and self.engine.progress.phase is not Phase.IDLE:
@@ -218,7 +229,7 @@ class Runner:
         if self._ending or (exit_.code == 0 and self._machine.report.draining):
             self._broker.lose("the engine ended while the runner was shutting down")
             return
-        report = self._machine.report.model_copy(update={"state": self._true_state()})
+        report = self._machine.report.model_copy(update={"state": self.true_state()})
         self._blame(diagnosis.of_exit(exit_, report), exit_)
 
     def _blame(self, found: Diagnosis, exit_: evidence.Exit | None = None) -> None:
@@ -272,6 +283,7 @@ class Runner:
                 self._machine.complete(self.epoch, name)
                 if self.engine is not None and self._config.rank == 0:
                     self._broker.open(self.engine.send, self.facts.serving)
+                self._on_ready()
 
     # -- deadlines
     def _command(self, command: channel.Command, seconds: float, reason: Reason) -> None:

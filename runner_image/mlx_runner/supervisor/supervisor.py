@@ -161,6 +161,7 @@ class Supervisor:
             config=self.config,
             machine=self.machine,
             broker=self.broker,
+            on_ready=self.engines.stand_by,
             on_gone=self.engines.prepare,
         )
         self._spawn(self._give_engine(old, self.runner))
@@ -275,12 +276,12 @@ class Supervisor:
                 continue
             if runner is not watched:
                 watched, watch = runner, Watch(runner.facts.deadlines.progress)
-            process = read_process(runner.engine.pid)
+            progress = runner.engine.progress
+            process = read_process(runner.engine.pid, threads=progress.phase is Phase.COMPUTING)
             if process is None or not runner.engine.alive:
                 continue
-            stall = watch.look(
-                Sample(time.monotonic(), process, runner.engine.progress, self.machine.state, self.broker.active > 0)
-            )
+            busy = self.broker.active > 0
+            stall = watch.look(Sample(time.monotonic(), process, progress, runner.true_state(), busy))
             if stall is not None:
                 reason = Reason.RUNNER_STALLED if stall.peer is None else Reason.PEER_LOST
                 runner.fail(reason, stall.message, peer=stall.peer)
