@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from docs import pages
+from docs import faulttable, pages
 from mlx_operator_api import crd
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -24,6 +24,7 @@ def files() -> dict[pathlib.Path, str]:
         **{ROOT / directory / crd.FILE: crd.text() for directory in crd.DIRECTORIES},
         ROOT / "docs" / "troubleshooting.md": pages.troubleshooting(),
         ROOT / "docs" / "api.md": pages.api(),
+        ROOT / "docs" / "faults.md": faulttable.text(),
         architecture: filled(architecture.read_text(encoding="utf-8")),
     }
 

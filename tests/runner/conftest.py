@@ -44,6 +44,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A volume with a small random model, `tiny`."""
+    directory = tmp_path_factory.mktemp("volume")
+    tiny_models.build(directory / "tiny", "qwen2")
+    return directory
+
+
+@pytest.fixture(scope="session")
 def reference(tiny: Callable[[str], Path]) -> Reference:
     """Greedy tokens of plain mlx-lm in a process of its own, for each of `PROMPTS`."""
     known: dict[str, list[list[int]]] = {}

@@ -26,6 +26,9 @@ TOKEN = "a-shared-secret-of-the-instance"
 SECONDS = 60.0
 """For anything that an engine is waited for."""
 
+ENGINE = ("-m", "mlx_runner.engine")
+FAULTY_ENGINE = (str(ROOT / "tests/runner/faulty_engine.py"),)
+"""The same with a fault in it, as each rank's `plan_file` says."""
 _E = TypeVar("_E")
 
 
@@ -52,15 +55,21 @@ class Answer:
 class Rank:
     """One engine process, with the supervisor's end of its channel."""
 
-    def __init__(self, rank: int, directory: Path, prefix: Sequence[str] = ()) -> None:
+    def __init__(self, rank: int, directory: Path, prefix: Sequence[str] = (), program: Sequence[str] = ENGINE) -> None:
         self.rank = rank
         page = directory / f"progress-{rank}"
         self.progress = Progress(page, create=True)
         self._ours, theirs = socket.socketpair()
+        self.plan_file = directory / f"plan-{rank}.json"
         self._stderr = (directory / f"stderr-{rank}").open("wb+")
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "mlx_runner.engine"],
-            env={**environment(), channel.FD_VARIABLE: str(theirs.fileno()), channel.PROGRESS_VARIABLE: str(page)},
+            [*prefix, sys.executable, *program],
+            env={
+                **environment(),
+                channel.FD_VARIABLE: str(theirs.fileno()),
+                channel.PROGRESS_VARIABLE: str(page),
+                "FAKE_ENGINE_PLAN": str(self.plan_file),
+            },
             pass_fds=[theirs.fileno()],
             stdout=self._stderr,
             stderr=self._stderr,
@@ -167,10 +176,11 @@ class Ranks:
     hosts: Sequence[str] | None = None
     prefixes: Sequence[Sequence[str]] | None = None
     """Of each rank's command line: what puts it on a network of its own."""
+    program: Sequence[str] = ENGINE
 
     def start(self) -> "Ranks":
         prefixes = self.prefixes or [()] * self.world_size
-        self.ranks = [Rank(rank, self.directory, prefixes[rank]) for rank in range(self.world_size)]
+        self.ranks = [Rank(rank, self.directory, prefixes[rank], self.program) for rank in range(self.world_size)]
         for rank in self.ranks:
             rank.started = rank.expect(channel.Started)
         return self
