@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlx_operator.decide.observed import RunnerView
 from mlx_operator_api import names
+from mlx_operator_api.conditions import Reason
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.status import GroupFailure
 from mlx_operator_api.tasks import RunnerReport
@@ -29,7 +30,7 @@ S = RunnerState
 
 @contextlib.asynccontextmanager
 async def instance_of(row: Fault, home: Path, models: Path, real: str | None = FAULTY_ENGINE) -> AsyncIterator[Group]:
-    """The pods that a row needs, with the engine of its layer; `real`: None for the real one, without a word of ours."""
+    """The pods that a row needs, with the engine of its layer; `real`: None for the real one as it is."""
     engine = real if row.layer is Layer.GROUP else FAKE_ENGINE
     async with group(
         home, row.ranks, engine=engine, models=models if row.layer is Layer.GROUP else None, **ENVIRONMENT

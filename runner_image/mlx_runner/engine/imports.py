@@ -1,5 +1,6 @@
 """MLX and mlx-lm, imported the way a runner needs them: offline, quiet, and without their side effects."""
 
+import codecs
 import os
 import resource
 import threading
@@ -44,6 +45,10 @@ def import_all() -> None:
     try:
         import mlx_lm.generate
         import mlx_lm.utils  # noqa: F401
+
+        from . import serving  # noqa: F401 (and with it every module of the engine)
+
+        codecs.lookup("idna")  # which Python would only read at the first connection
     finally:
         resource.setrlimit = original
 

@@ -51,7 +51,7 @@ class Engine:
 
     def run(self) -> None:
         """Obey until a goodbye; never returns normally otherwise."""
-        from . import serving  # after imports.import_all()
+        from . import serving  # which imports.import_all() has imported
 
         command = self._commands.get()
         _prctl(_PR_SET_NAME, channel.ENGINE_NAME.encode())
