@@ -55,7 +55,7 @@ def _table(rows: Sequence[Fault]) -> Iterator[str]:
 def _reported(row: Fault) -> str:
     if row.reason is None:
         return "nothing"
-    who = "each rank" if row.rank is None else f"rank {row.rank}"
+    who = row.who or ("each rank" if row.rank is None else f"rank {row.rank}")
     where = f" in {row.state}" if row.state else ""
     says = f": {row.says}" if row.says else ""
     return f"{who}, `{row.reason}`{where}{says}"

@@ -49,6 +49,8 @@ class Fault:
     sharding: Sharding = Sharding.PIPELINE
     rank: int | None = 1
     """The cause; None: every rank reports the same of its own."""
+    who: str = ""
+    """The cause in words, where it has no fixed rank."""
     others: Reason | None = Reason.PEER_LOST
     """What the others report, as a consequence."""
     within: float | None = None

@@ -45,7 +45,8 @@ def confirm(instance: Instance, row: Fault, began: float, rank: int, *also: Reas
     who, _, what = failure["message"].partition(": ")
     assert who.startswith(f"rank {rank}/2 pod {instance.name}-{rank} on node ")
     if row.reason is not None and failure["reason"] == row.reason:
-        row.check(row.state, row.reason, what)
+        told = instance.status()["runners"][rank]["lastFailure"]
+        row.check(RunnerState(told["state"]), row.reason, what)
     said = instance.condition(ConditionType.RUNNER_FAILED)
     assert who in said["message"]
 
@@ -86,27 +87,24 @@ def test_a_frozen_engine_is_named_and_the_same_pods_answer_again(
 
 EATER = """
 import os, sys, time
-procs, limit = sys.argv[1], int(sys.argv[2])
-with open("/proc/self/oom_score_adj", "w") as file:
-    file.write("-1000")
+procs, victim = sys.argv[1:]
 with open(procs, "w") as file:
     file.write(str(os.getpid()))
 eaten = []
-while len(eaten) * 4 << 20 < limit:
+while os.path.exists(f"/proc/{victim}"):
     eaten.append(b"x" * (4 << 20))
     time.sleep(0.02)
-time.sleep(600)
 """
 
 
 @contextmanager
-def eater(pid: int) -> Iterator[None]:
-    """A process that eats up the memory limit of the container that `pid` is in, and is not killed for it."""
-    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+def eater(victim: int) -> Iterator[None]:
+    """A process in the cgroup of a container that eats until the kernel has killed `victim`, the first in its order."""
+    Path(f"/proc/{victim}/oom_score_adj").write_text("1000")
+    lines = Path(f"/proc/{victim}/cgroup").read_text().splitlines()
     path = next(line.split(":", 2)[2] for line in lines if line.split(":", 2)[1] == "memory")
-    cgroup = Path("/sys/fs/cgroup/memory") / path.lstrip("/")
-    limit = (cgroup / "memory.limit_in_bytes").read_text().strip()
-    process = subprocess.Popen([sys.executable, "-c", EATER, str(cgroup / "cgroup.procs"), limit])
+    procs = Path("/sys/fs/cgroup/memory") / path.lstrip("/") / "cgroup.procs"
+    process = subprocess.Popen([sys.executable, "-c", EATER, str(procs), str(victim)])
     try:
         yield
     finally:
@@ -146,7 +144,8 @@ CUT = Fault(
     what="node cut off while idle",
     injected="the node's network interface goes down; everything on it goes on running",
     layer=Layer.CLUSTER,
-    state=RunnerState.READY,
+    who="the rank on that node",
+    state=None,
     reason=Reason.RUNNER_UNREACHABLE,
     says="its supervisor cannot be reached, silent since …",
     within=20.0,
@@ -167,7 +166,8 @@ def test_a_node_that_is_cut_off_while_idle_is_named_and_the_group_answers_once_i
         what="node cut off while the group answers",
         injected=CUT.injected,
         layer=Layer.CLUSTER,
-        state=RunnerState.RUNNING,
+        who=CUT.who,
+        state=None,
         reason=CUT.reason,
         says=CUT.says,
         within=CUT.within,

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -25,6 +26,8 @@ FAULTY_ENGINE = f"{sys.executable} {ROOT / 'tests/runner/faulty_engine.py'}"
 BLAS = next(Path("/usr/lib").glob("*/openblas-pthread/libopenblas.so.0"), None)
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", **({"MLX_RUNNER_BLAS": str(BLAS)} if BLAS else {})}
 PROMPT = "the runner holds one shard"
+PROGRESS = re.compile(r"engine at step \d+, last progress \d+\.\d s ago")
+"""Evidence that every failure of a runner with an engine carries."""
 S = RunnerState
 
 
@@ -88,6 +91,8 @@ async def confirm(row: Fault, instance: Group, began: float, epoch: int = 1) -> 
         seconds = time.monotonic() - began
         assert report.failure is not None
         row.check(report.failure.state, report.failure.reason, report.failure.message)
+        if "cannot be started" not in row.says:
+            assert PROGRESS.fullmatch(report.failure.diagnostics[0]), report.failure.diagnostics
     row.took(seconds)
     failed = causes if row.others is None else instance.pods
     reports = [await pod.state(S.FAILED, epoch) for pod in failed]

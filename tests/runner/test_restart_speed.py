@@ -45,6 +45,11 @@ def maps(pid: int) -> str:
     return Path(f"/proc/{pid}/maps").read_text()
 
 
+def memory(pid: int, kind: str) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) // 1024
+
+
 def log(instance: Group) -> str:
     return "".join(pod.log for pod in instance.pods)
 
@@ -61,6 +66,8 @@ async def test_the_next_epoch_takes_the_spares_which_cost_no_cpu_until_then(tmp_
             now = read_process(pid)
             assert now is not None and then is not None
             assert now.cpu - then.cpu < 0.02 * QUIET_SECONDS, "a spare must sleep"
+        resident, share = (memory(waiting[0], kind) for kind in ("Rss", "Pss"))
+        print(f"a spare: {resident} MiB resident, {share} MiB its proportional share")
         quick = await restart(instance, 1)
         assert sorted(pid for pod in instance.pods for pid in pod.engines()) == sorted(waiting)
         slow = await without_spares(instance)

@@ -6,6 +6,7 @@ once, and whoever asks for it again awaits the same end.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from mlx_operator_api.conditions import Reason, Retry
@@ -207,7 +208,7 @@ class Runner:
             message=message[:4096],
             exit_code=exit_.code if exit_ else None,
             signal=exit_.signal if exit_ else None,
-            diagnostics=tuple(line[: evidence.MAX_LINE] for line in diagnostics[:MAX_DIAGNOSTICS]),
+            diagnostics=tuple(line[: evidence.MAX_LINE] for line in (*self._where(), *diagnostics))[:MAX_DIAGNOSTICS],
         )
         log.error(f"runner failed: reason={reason} epoch={self.epoch} state={failure.state} peer={peer}: {message}")
         if self._machine.fail(self.epoch, failure, peer):
@@ -223,6 +224,13 @@ class Runner:
             return RunnerState.RUNNING
         return state
 
+    def _where(self) -> tuple[str, ...]:
+        """Where the engine was, as one line of evidence; none of one that never began."""
+        last = self.engine.progress if self.engine else None
+        if last is None or not last.changed:
+            return ()
+        return (f"engine at step {last.steps}, last progress {max(0.0, time.monotonic() - last.changed):.1f} s ago",)
+
     def _on_exit(self, exit_: evidence.Exit) -> None:
         if self._ended:
             return
@@ -233,7 +241,7 @@ class Runner:
         self._blame(diagnosis.of_exit(exit_, report), exit_)
 
     def _blame(self, found: Diagnosis, exit_: evidence.Exit | None = None) -> None:
-        lines = exit_.stderr[-MAX_DIAGNOSTICS:] if exit_ else ()
+        lines = exit_.stderr[1 - MAX_DIAGNOSTICS :] if exit_ else ()
         self.fail(found.reason, found.message, exit_=exit_, peer=found.peer, diagnostics=lines)
 
     # -- events of the engine
