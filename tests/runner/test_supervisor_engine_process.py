@@ -159,7 +159,9 @@ async def test_under_a_small_memory_limit_there_is_no_spare(tmp_path: Path, limi
     await engines.close()
 
 
-async def test_the_kill_of_a_spare_for_memory_is_not_told_of_the_engine_in_use(tmp_path: Path) -> None:
+async def test_the_kill_of_a_spare_for_memory_is_not_told_of_the_engine_in_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     place = tmp_path / "cgroup"
     place.mkdir()
     events = place / "memory.events"
@@ -171,7 +173,8 @@ async def test_the_kill_of_a_spare_for_memory_is_not_told_of_the_engine_in_use(t
     (spare,) = children() - {first.pid}
     events.write_text("oom_kill 1\n")
     os.kill(spare, signal.SIGKILL)
-    await until(lambda: children() == {first.pid})
+    await until(lambda: "the kernel killed the spare engine for memory" in caplog.text)
+    assert children() == {first.pid}
     engines.stand_by()
     assert not [task for task in asyncio.all_tasks() if task.get_name() == "next-engine"], "the next would die as well"
     os.kill(first.pid, signal.SIGKILL)

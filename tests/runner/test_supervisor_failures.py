@@ -22,6 +22,7 @@ from mlx_operator_api.tasks import (
     TaskPhase,
 )
 
+from .faulting import met
 from .supervisors import SOURCE, TOKEN, UID, Group, group
 
 S = RunnerState
@@ -140,6 +141,7 @@ async def test_a_connect_that_never_ends_names_the_rank_it_waits_for(tmp_path: P
     async with group(tmp_path, 2) as instance:
         instance.deadlines = DeadlineSeconds(connect=1.0)
         await instance.create()
+        await met(lambda: "engine started" in instance.pods[0].log, "the engine is there")
         await instance.pods[0].send(instance.peers())
         report = await instance.pods[0].until(lambda r: r.waiting_for == (1,), "a rank that is waited for")
         assert report.state is S.CONNECTING
@@ -163,6 +165,7 @@ async def test_a_task_that_never_ends_misses_its_deadline(
         pod.plan(hang=hang)
         await instance.create()
         await instance.download()
+        await met(lambda: "engine started" in pod.log, "the engine is there")
         await pod.send(LoadModel())
         if hang == "Warmup":
             await pod.state(S.LOADED, 1)
