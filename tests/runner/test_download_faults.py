@@ -44,6 +44,7 @@ def repository(hub: Hub) -> Repository:
         (Fault(kind=Kind.STATUS, status=500, path="/resolve/.*config.json", times=2), "config.json: HTTP 500"),
         (Fault(kind=Kind.STATUS, status=502, path=LARGE, times=2), f"{FILE}: HTTP 502"),
         (Fault(kind=Kind.STATUS, status=429, path=LARGE, times=1), f"{FILE}: HTTP 429"),
+        (Fault(kind=Kind.STATUS, status=403, path=LARGE, times=1), f"{FILE}: HTTP 403 from localhost"),
         (Fault(kind=Kind.STALL, path=LARGE, after=20_000, times=1), f"{FILE}: no byte in time"),
         (Fault(kind=Kind.STALL, path="chat_template", after=0, times=1), "chat_template.jinja: no byte in time"),
         (Fault(kind=Kind.RESET, path="/resolve/.*config.json", after=0, times=1), "config.json: "),

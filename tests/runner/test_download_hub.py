@@ -1,11 +1,13 @@
 """Downloads from a hub: what a rank needs, once, verified, whatever the hub and the network do meanwhile."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import scan_cache_dir
+from huggingface_hub import hf_hub_download, scan_cache_dir
+from huggingface_hub.utils import WeakFileLock
 
 from mlx_operator_api.tasks import Sharding
 from tests.hub import Fault, Hub, Kind, Repository, serving
@@ -61,6 +63,23 @@ async def test_the_hubs_own_tools_read_the_cache(pod: Pods) -> None:
     assert (repo.repo_id, revision.commit_hash, set(revision.refs)) == (NAME, found.facts.revision, {"main"})
     assert revision.snapshot_path == found.path
     assert len(revision.files) == len(WEIGHTS | SMALL)
+
+
+async def test_the_hubs_own_tools_and_a_download_keep_out_of_each_others_way(pod: Pods, model: Path) -> None:
+    etag = repository(pod.hub).commits[repository(pod.hub).branches["main"]]["model-embed.safetensors"].etag
+    lock = pod.cache / f".locks/models--org--tiny/{etag}.lock"
+    lock.parent.mkdir(parents=True)
+    with WeakFileLock(lock):
+        child = await pod.start()
+        await child.until(lambda: bool(pod.hub.requests("model-odd")), "the last file that nobody holds")
+        assert pod.hub.requests("model-embed") == []
+    found = await child.found()
+    assert len(pod.hub.requests("model-embed")) == 2, "the file, and the storage that it leads to"
+    path = await asyncio.to_thread(
+        hf_hub_download, NAME, "model-embed.safetensors", cache_dir=pod.cache, endpoint=pod.hub.url, token=False
+    )
+    assert path == str(found.path / "model-embed.safetensors")
+    assert len(pod.hub.requests("model-embed")) == 2, "it is taken from the cache"
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,10 @@ def _answered(error: HfHubHTTPError, place: Place, subject: str) -> Exception:
     status = error.response.status_code
     if status in _TRANSIENT or status >= 500:
         return TransientError(f"{subject}: HTTP {status}", _retry_after(error.response))
+    host = error.response.url.host
+    if status == 403 and host != httpx2.URL(place.endpoint).host and "X-Error-Code" not in error.response.headers:
+        # The storage that the hub sent us to: a link that has run out, or clocks that differ; not the token's doing.
+        return TransientError(f"{subject}: HTTP {status} from {host}")
     if isinstance(error, GatedRepoError) or status in (401, 403):
         return _unauthorized(error, place, subject)
     if isinstance(error, RevisionNotFoundError):
