@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -109,8 +109,17 @@ async def test_a_program_that_is_not_there_is_an_error_of_the_start(tmp_path: Pa
         await engine_process.spawn(settings, Cgroup())
 
 
-async def test_a_spare_stands_by_once_the_engine_in_use_serves_and_is_the_next_one(tmp_path: Path) -> None:
-    engines = Engines(config(tmp_path, f"{PREAMBLE}{STARTED} time.sleep(3600)"), Cgroup())
+@pytest.fixture
+async def engines(tmp_path: Path) -> AsyncIterator[Engines]:
+    """Engines that only say that they have started, in a cgroup of files."""
+    place = tmp_path / "cgroup"
+    place.mkdir()
+    made = Engines(config(tmp_path, f"{PREAMBLE}{STARTED} time.sleep(3600)"), Cgroup(place, place / "membership"))
+    yield made
+    await made.close()
+
+
+async def test_a_spare_stands_by_once_the_engine_in_use_serves_and_is_the_next_one(engines: Engines) -> None:
     first = await engines.take()
     engines.prepare()
     await asyncio.sleep(0)
@@ -118,7 +127,7 @@ async def test_a_spare_stands_by_once_the_engine_in_use_serves_and_is_the_next_o
     engines.stand_by()
     await until(lambda: len(children()) == 2)
     (spare,) = children() - {first.pid}
-    assert oom_score(spare) == 1000
+    await until(lambda: oom_score(spare) == 1000)
     second = await engines.take()
     assert second.pid == spare
     assert children() == {spare}, "the engine that was in use is gone"
@@ -129,8 +138,7 @@ async def test_a_spare_stands_by_once_the_engine_in_use_serves_and_is_the_next_o
     assert not children()
 
 
-async def test_a_spare_that_dies_is_replaced_and_one_that_was_frozen_or_killed_harms_nobody(tmp_path: Path) -> None:
-    engines = Engines(config(tmp_path, f"{PREAMBLE}{STARTED} time.sleep(3600)"), Cgroup())
+async def test_a_spare_that_dies_is_replaced_and_harms_nobody(engines: Engines) -> None:
     first = await engines.take()
     engines.stand_by()
     await until(lambda: len(children()) == 2)
@@ -138,14 +146,13 @@ async def test_a_spare_that_dies_is_replaced_and_one_that_was_frozen_or_killed_h
     os.kill(spare, signal.SIGKILL)
     await until(lambda: len(children()) == 2 and spare not in children())
     assert first.alive
-    await engines.close()
 
 
 @pytest.mark.parametrize(("limit", "spares"), [(3, 0), (5, 1)])
-async def test_under_a_small_memory_limit_there_is_no_spare(tmp_path: Path, limit: int, spares: int) -> None:
+async def test_under_a_small_memory_limit_there_is_no_spare(
+    engines: Engines, tmp_path: Path, limit: int, spares: int
+) -> None:
     place = tmp_path / "cgroup"
-    place.mkdir()
-    engines = Engines(config(tmp_path, f"{PREAMBLE}{STARTED} time.sleep(3600)"), Cgroup(place, place / "membership"))
     first = await engines.take()
     await until(lambda: first.bare_bytes > 0)
     (place / "memory.max").write_text(str(limit * first.bare_bytes))
@@ -156,17 +163,14 @@ async def test_under_a_small_memory_limit_there_is_no_spare(tmp_path: Path, limi
         await until(lambda: len(children()) == 2)
     else:
         assert not [task for task in asyncio.all_tasks() if task.get_name() == "next-engine"]
-    await engines.close()
 
 
 async def test_the_kill_of_a_spare_for_memory_is_not_told_of_the_engine_in_use(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    engines: Engines, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = tmp_path / "cgroup"
-    place.mkdir()
     events = place / "memory.events"
     events.write_text("oom_kill 0\n")
-    engines = Engines(config(tmp_path, f"{PREAMBLE}{STARTED} time.sleep(3600)"), Cgroup(place, place / "membership"))
     first = await engines.take()
     engines.stand_by()
     await until(lambda: len(children()) == 2)
@@ -180,7 +184,6 @@ async def test_the_kill_of_a_spare_for_memory_is_not_told_of_the_engine_in_use(
     os.kill(first.pid, signal.SIGKILL)
     exit_ = await asyncio.wait_for(first.wait(), PATIENCE)
     assert (exit_.signal, exit_.oom_kills) == ("SIGKILL", 0)
-    await engines.close()
 
 
 def oom_score(pid: int) -> int:
