@@ -59,8 +59,11 @@ class Load(Lenient):
     max_tokens: int | None = None
     context_length: int | None = None
     memory_limit_bytes: int | None = None
+    """Of this rank's container."""
     spare_bytes: int = 0
     """Of that limit, what a spare engine beside this one will take."""
+    memory_limits: tuple[int | None, ...] = ()
+    """Of all ranks, by rank; empty: not known, taken to be alike."""
 
 
 class Warmup(Lenient):
