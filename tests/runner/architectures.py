@@ -5,8 +5,11 @@ Windows are shorter than the prompts of the tests, and the layers of different k
 """
 
 import importlib
+import json
+from pathlib import Path
 from typing import Any
 
+from . import tiny_models
 from .tiny_models import CONFIG
 
 KINDS = ["sliding_attention", "full_attention"] * 2
@@ -185,3 +188,14 @@ def build(architecture: str, seed: int = 0, **changes: Any) -> Any:
     mx.eval(model.parameters())
     model.eval()
     return model
+
+
+def save(path: Path, architecture: str, **changes: Any) -> Path:
+    """Write such a model as Hugging Face has them, with a tokenizer."""
+    from mlx.utils import tree_flatten
+
+    path.mkdir(parents=True)
+    tiny_models.write_weights(path, dict(tree_flatten(build(architecture, **changes).parameters())))
+    eos = tiny_models.write_tokenizer(path)
+    (path / "config.json").write_text(json.dumps({**config(architecture, **changes), "eos_token_id": eos}))
+    return path

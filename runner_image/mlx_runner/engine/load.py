@@ -89,7 +89,7 @@ def load(command: Load, group: Any, tell: Callable[[LayerLoaded], None]) -> Shar
         _shard(model, group)
     stage = pipeline.Stage(model, draft.found, draft.span) if draft.pipelined and draft.found else None
     budget = _budget(model, config, draft, largest)
-    if budget.tokens is not None:
+    if budget.tokens is not None and command.rank == 0:
         notes.append(f"memory for {budget.tokens} tokens in work at once, {budget.context} in one request")
     if budget.rows < command.max_concurrent_requests:
         notes.append(f"{pipeline.architecture(type(model))} computes one request at a time")

@@ -29,6 +29,7 @@ from .requests import Broker
 log = logging.getLogger(__name__)
 
 MAX_DIAGNOSTICS = 8
+MAX_NOTE = 1024
 _LAST_WORDS_SECONDS = 1.5
 """For an engine that has said why it fails, or was told goodbye by force, to end itself."""
 _RING_POLL_SECONDS = 0.1
@@ -118,6 +119,7 @@ class Runner:
                 context_length=serving.context_length,
                 memory_limit_bytes=limit,
                 spare_bytes=self._reserve(limit),
+                memory_limits=self.facts.memory_limits,
             ),
             self.facts.deadlines.load,
             Reason.LOAD_TIMEOUT,
@@ -287,8 +289,8 @@ class Runner:
             case channel.Loaded():
                 if event.note:
                     log.info("loaded: %s", event.note)
-                total = event.layers_total
-                facts = {"layers": event.layers, "layers_loaded": total, "layers_total": total}
+                total, note = event.layers_total, event.note[:MAX_NOTE] if event.note else None
+                facts = {"layers": event.layers, "layers_loaded": total, "layers_total": total, "note": note}
                 self._machine.complete(self.epoch, name, **facts)
             case channel.WarmedUp():
                 self._machine.complete(self.epoch, name)
