@@ -70,6 +70,8 @@ class CreateRunner(Lenient):
     sharding: Sharding = Sharding.PIPELINE
     source: str
     """`spec.model.source`."""
+    adapter: str | None = None
+    """`spec.model.adapter.source`."""
     served_name: str
     serving: ServingOptions = ServingOptions()
     memory_limits: tuple[int | None, ...] = ()

@@ -51,6 +51,8 @@ class Load(Lenient):
     kind: Literal["Load"] = "Load"
     path: str
     """Directory with config.json and safetensors files."""
+    adapter: str | None = None
+    """Directory with adapter_config.json and adapters.safetensors."""
     served_name: str
     rank: int
     world_size: int

@@ -20,7 +20,7 @@ from mlx_operator_api.layers import Span
 from mlx_operator_api.tasks import Sharding
 from mlx_runner.channel import LayerLoaded, Load, Loaded
 
-from . import anatomy, imports, memory, pipeline, weights
+from . import adapters, anatomy, imports, memory, pipeline, weights
 from .failures import EngineError
 
 _DEFAULT_CONTEXT = 4096
@@ -82,9 +82,13 @@ def load(command: Load, group: Any, tell: Callable[[LayerLoaded], None]) -> Shar
         EngineError: the model is missing, damaged, unsupported, or does not fit.
     """
     draft = _Draft(command, weights.inspect(Path(command.path)))
+    adapter = adapters.inspect(Path(command.adapter)) if command.adapter is not None else None
     model, config = _read_lazily(draft)
     largest = max((array.nbytes for array in draft.given.values()), default=0)
     notes = [_convert(model)]
+    if adapter is not None:
+        adapters.apply(model, anatomy.layers_of(model), draft.span, adapter)
+        notes.append(f"{adapter.kind} adapter of rank {adapter.parameters['rank']} fused into the weights")
     if group is not None:
         _shard(model, group)
     stage = pipeline.Stage(model, draft.found, draft.span) if draft.pipelined and draft.found else None

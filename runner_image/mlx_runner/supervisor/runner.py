@@ -13,6 +13,7 @@ from pathlib import Path
 from mlx_operator_api.conditions import Reason, Retry
 from mlx_operator_api.names import ring_port
 from mlx_operator_api.runner import RunnerState, TaskName
+from mlx_operator_api.source import SourceKind, parse
 from mlx_operator_api.status import LastFailure
 from mlx_operator_api.tasks import ConnectToGroup, CreateRunner, Sharding
 from mlx_runner import channel
@@ -110,6 +111,7 @@ class Runner:
         self._command(
             channel.Load(
                 path=path,
+                adapter=self._adapter(),
                 served_name=self.facts.served_name,
                 rank=self._config.rank,
                 world_size=self.facts.world_size,
@@ -130,6 +132,15 @@ class Runner:
             return 0
         self.engine.reserved_bytes = spare_bytes(limit, self.engine.bare_bytes)
         return self.engine.reserved_bytes
+
+    def _adapter(self) -> str | None:
+        """Where the adapter is mounted."""
+        source = self.facts.adapter
+        if source is None:
+            return None
+        parsed = parse(source)
+        path = self._config.adapter_dir / parsed.path if parsed.kind is SourceKind.CLAIM else self._config.adapter_dir
+        return str(path)
 
     def warm_up(self) -> None:
         """Run the first forward passes; answered by `WarmedUp`."""
