@@ -1,8 +1,12 @@
 """The sum of a rank's memory, made before any weights are read.
 
 Weights in the type they will have, keys and values of the requests in work, and the rest: what the processes of the
-container use already, the buffers that MLX keeps for reuse, and the largest intermediate results of a prefill. On a
-CPU attention computes its scores in memory, so those grow with the context.
+container use already, the buffers that MLX keeps for reuse, keys and values once more (a request that joins others
+has them all copied), and the largest intermediate results of a prefill. On a CPU attention computes its scores in
+memory, so those grow with the context.
+
+Measured with 125 M parameters in float32 and 8 requests of 2048 tokens, on a CPU: 1260 MiB at most where this sum
+says 1283 MiB.
 """
 
 import os
@@ -25,6 +29,8 @@ LEAST_TOKENS = 1024
 _REUSE_BYTES = 32 << 20
 """MLX keeps freed buffers up to this size (its default on a CPU)."""
 _F32 = 4
+_MARGIN = 1.05
+"""What the C library's allocator and the interpreter take beside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +109,9 @@ class Sum:
 
     def needed(self, rank: Rank, context: int, rows: int, held: int | None = None) -> int:
         """Bytes in all; `held`: positions of each row where that is less than the context."""
-        return rank.weights + rank.keys_and_values(held or context, rows) + self._rest(rank, context, rows)
-
-    def _rest(self, rank: Rank, context: int, rows: int) -> int:
-        return self._base + _REUSE_BYTES + rank.largest + self._shape.workspace(context, rows)
+        caches = rank.keys_and_values(held or context, rows)
+        rest = self._base + _REUSE_BYTES + rank.largest + self._shape.workspace(context, rows)
+        return int((rank.weights + 2 * caches + rest) * _MARGIN)
 
     def budget(self, own: Rank, others: Sequence[Rank], wish: Wish) -> Budget:
         """What this rank, and the others as far as they are known, leave for requests.
@@ -144,12 +149,13 @@ class Sum:
         return _most(most // BLOCK, fits) * BLOCK
 
     def _refusal(self, rank: Rank, context: int, rows: int, wish: Wish) -> EngineError:
-        caches, rest = rank.keys_and_values(context, rows), self._rest(rank, context, rows)
-        needed = rank.weights + caches + rest
+        caches, needed = rank.keys_and_values(context, rows), self.needed(rank, context, rows)
+        rest = needed - rank.weights - caches
         assert rank.limit is not None  # noqa: S101 (narrowing)
         sums = f"needs {quantity(needed)} = weights {quantity(rank.weights)} + KV {quantity(caches)}"
         where = f"{rows} x {context} tokens"
-        parts = f"process {quantity(self._base + _REUSE_BYTES)}, prefill {quantity(rest - self._base - _REUSE_BYTES)}"
+        work = rest - self._base - _REUSE_BYTES
+        parts = f"process {quantity(self._base + _REUSE_BYTES)}, copies and prefill {quantity(work)}"
         message = f"{sums} ({where}) + {quantity(rest)} ({parts}); limit {quantity(rank.limit)}"
         return EngineError(Reason.INSUFFICIENT_MEMORY, f"{message}: {self._remedy(rank, wish)}")
 
