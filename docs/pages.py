@@ -16,6 +16,7 @@ from mlx_operator_api import crd, names
 from mlx_operator_api.conditions import ConditionType, Reason, Retry
 from mlx_operator_api.runner import REQUESTS, TRANSIENT, TRANSITIONS, RunnerState, Transition
 from mlx_operator_api.schema import INT_OR_STRING, PRESERVE, VALIDATIONS
+from mlx_runner.engine import architectures
 
 RETRY_WORDS: Mapping[Retry, str] = {
     Retry.RESTART: "the group starts again after the back-off; each failure spends one of "
@@ -236,6 +237,19 @@ def ports() -> str:
         ),
     ]
     return "\n".join(["| Port | Use |", "| --- | --- |", *(f"| {port} | {use} |" for port, use in rows)]) + "\n"
+
+
+def models() -> str:
+    """The table of architectures that are tested."""
+
+    def tensor(name: str) -> str:
+        if name not in architectures.TENSOR:
+            return ""
+        return "2" if name in architectures.TENSOR_TWO_ONLY else "2, 3"
+
+    rows = [f"| `{name}` | 1, 2, 3 | {tensor(name)} |\n" for name in architectures.PIPELINE]
+    head = "| Architecture | Ranks tested with Pipeline | Ranks tested with Tensor |\n| --- | --- | --- |\n"
+    return head + "".join(rows)
 
 
 def states() -> str:

@@ -69,28 +69,34 @@ Image = Annotated[
         ),
     ),
 ]
-ModelSource = Annotated[
+_SOURCE_RULES = (
+    text_rule("self.matches('^(hf|pvc|oci)://')", f"is no model source: use {SCHEMES}"),
+    text_rule(
+        "!self.startsWith('hf://') || self.matches('^hf://[-A-Za-z0-9._]+/[-A-Za-z0-9._]+(@[-A-Za-z0-9._/]+)?$')",
+        "names no repository: write hf://ORG/NAME or hf://ORG/NAME@REV",
+    ),
+    text_rule(
+        "!self.startsWith('pvc://') || self.matches('^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.*)?$')",
+        "names no claim: write pvc://CLAIM or pvc://CLAIM/PATH, with the name of a PersistentVolumeClaim",
+    ),
+    text_rule(
+        "!self.startsWith('pvc://') || !self.matches('/[.][.](/|$)')",
+        "leads out of the volume: write the path inside the claim without ..",
+    ),
+    text_rule(
+        "!self.startsWith('oci://') || self.matches('^oci://[A-Za-z0-9][-A-Za-z0-9._:/@]*$')",
+        "names no image: write oci://REGISTRY/NAME:TAG or oci://REGISTRY/NAME@DIGEST",
+    ),
+)
+ModelSource = Annotated[str, Field(max_length=2048, json_schema_extra=rules(*_SOURCE_RULES))]
+"""Of the files of a model."""
+AdapterSource = Annotated[
     str,
     Field(
         max_length=2048,
         json_schema_extra=rules(
-            text_rule("self.matches('^(hf|pvc|oci)://')", f"is no model source: use {SCHEMES}"),
-            text_rule(
-                "!self.startsWith('hf://') || self.matches('^hf://[-A-Za-z0-9._]+/[-A-Za-z0-9._]+(@[-A-Za-z0-9._/]+)?$')",
-                "names no repository: write hf://ORG/NAME or hf://ORG/NAME@REV",
-            ),
-            text_rule(
-                "!self.startsWith('pvc://') || self.matches('^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.*)?$')",
-                "names no claim: write pvc://CLAIM or pvc://CLAIM/PATH, with the name of a PersistentVolumeClaim",
-            ),
-            text_rule(
-                "!self.startsWith('pvc://') || !self.matches('/[.][.](/|$)')",
-                "leads out of the volume: write the path inside the claim without ..",
-            ),
-            text_rule(
-                "!self.startsWith('oci://') || self.matches('^oci://[A-Za-z0-9][-A-Za-z0-9._:/@]*$')",
-                "names no image: write oci://REGISTRY/NAME:TAG or oci://REGISTRY/NAME@DIGEST",
-            ),
+            *_SOURCE_RULES,
+            text_rule("!self.startsWith('hf://')", "is no source of an adapter in this release: use pvc:// or oci://"),
         ),
     ),
 ]

@@ -34,7 +34,8 @@ def split(total: int, world_size: int, memory_limits: Sequence[int | None] = ())
     """The spans of all ranks, by rank: rank n-1 holds the first layers, rank 0 the last ones.
 
     `memory_limits`: bytes that each rank's container may use, by rank; None where there is no limit. Empty: not known.
-    Rank 0 also has norm and head, so where it is uneven the higher ranks get one more.
+    Where all limits are known and differ, each rank gets its share of the layers, at least one. Otherwise all get as
+    many; rank 0 also has norm and head, so where it is uneven the higher ranks get one more.
 
     Raises:
         TooFewLayersError: fewer layers than ranks.
@@ -43,10 +44,22 @@ def split(total: int, world_size: int, memory_limits: Sequence[int | None] = ())
         raise TooFewLayersError(
             f"the model has {total} layers, too few for a pipeline of {world_size} ranks: use at most {total} runners"
         )
-    base, extra = divmod(total, world_size)
-    counts = [base + (rank >= world_size - extra) for rank in range(world_size)]
+    counts = _counts(total, world_size, memory_limits)
     found = []
     for rank in range(world_size):
         start = sum(counts[rank + 1 :])
         found.append(Span(start, start + counts[rank], total))
     return tuple(found)
+
+
+def _counts(total: int, world_size: int, memory_limits: Sequence[int | None]) -> list[int]:
+    limits = [limit for limit in memory_limits if limit]
+    if len(limits) != world_size:
+        limits = [1] * world_size
+    counts, whole = [1] * world_size, sum(limits)
+    # One at a time to whoever is furthest behind its share: no layer is lost or given twice by rounding.
+    for _ in range(total - world_size):
+        behind = [total * limit - count * whole for limit, count in zip(limits, counts, strict=True)]
+        rank = max(range(world_size), key=lambda rank: (behind[rank], rank))
+        counts[rank] += 1
+    return counts

@@ -12,6 +12,7 @@ from .base import Lenient, seconds
 from .cel import cel, rules
 from .fields import (
     DURATION_RULE,
+    AdapterSource,
     AnnotationValue,
     Duration,
     EnvName,
@@ -41,6 +42,13 @@ class LocalReference(Lenient):
     """Its name."""
 
 
+class Adapter(Lenient):
+    """A low-rank adapter of the model, in mlx-lm's form: adapter_config.json and adapters.safetensors."""
+
+    source: AdapterSource
+    """Where it is: `pvc://CLAIM/PATH` or `oci://IMAGE` (an image volume)."""
+
+
 class Model(Lenient):
     """The model to serve."""
 
@@ -51,6 +59,8 @@ class Model(Lenient):
     credentials_secret_ref: LocalReference | None = None
     """Secret with the key `token`, for a private or gated `hf://` repository: HF_TOKEN of the runner container, before
     one of spec.runner.env. No effect with pvc:// and oci://."""
+    adapter: Adapter | None = None
+    """Fused into the weights when they are loaded. Default: none."""
     served_name: ServedName | None = None
     """The name clients put into `model`. Default: metadata.name."""
 

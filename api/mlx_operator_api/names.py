@@ -50,6 +50,7 @@ TOKEN_KEY = "token"  # noqa: S105 (the name of a key)
 STATE_MOUNT = "/var/run/mlx-runner"
 """Small emptyDir that outlives the supervisor's process: its reports, for its successor."""
 MODEL_MOUNT = "/models/source"
+ADAPTER_MOUNT = "/models/adapter"
 """Read-only mount of a `pvc://` claim or an `oci://` image."""
 CACHE_MOUNT = "/models/cache"
 """Writable cache for downloads."""
@@ -76,6 +77,7 @@ ENV_LISTEN_HOST = "MLX_RUNNER_LISTEN_HOST"
 ENV_TOKEN_FILE = "MLX_RUNNER_TOKEN_FILE"  # noqa: S105 (the name of a variable)
 ENV_STATE_DIR = "MLX_RUNNER_STATE_DIR"
 ENV_MODEL_DIR = "MLX_RUNNER_MODEL_DIR"
+ENV_ADAPTER_DIR = "MLX_RUNNER_ADAPTER_DIR"
 ENV_CACHE_DIR = "MLX_RUNNER_CACHE_DIR"
 
 

@@ -57,8 +57,12 @@ class RunnerStatus(Strict):
     """Last epoch that this rank joined (0: none)."""
     incarnation: str | None = None
     """Start of the supervisor process that joined the epoch: another one means that the container restarted."""
+    memory_limit_bytes: Annotated[int | None, Field(json_schema_extra={"format": "int64"})] = None
+    """Memory limit of its container when it joined the epoch; layers are split by those of all ranks."""
     layers: str | None = None
     """Layers of its shard."""
+    note: Annotated[str | None, Field(max_length=1024)] = None
+    """What is special about its shard, such as a conversion."""
     progress: str | None = None
     """Loading or download, in coarse steps."""
     last_failure: LastFailure | None = None

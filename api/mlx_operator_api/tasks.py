@@ -70,8 +70,12 @@ class CreateRunner(Lenient):
     sharding: Sharding = Sharding.PIPELINE
     source: str
     """`spec.model.source`."""
+    adapter: str | None = None
+    """`spec.model.adapter.source`."""
     served_name: str
     serving: ServingOptions = ServingOptions()
+    memory_limits: tuple[int | None, ...] = ()
+    """Bytes that each rank's container may use, by rank (None: no limit); empty: not known. Layers are split by it."""
     deadlines: DeadlineSeconds = DeadlineSeconds()
 
 
@@ -210,6 +214,8 @@ class RunnerReport(Lenient):
     """Layers of this rank's shard, such as `0-11`."""
     layers_loaded: int = 0
     layers_total: int = 0
+    note: str | None = None
+    """What a person should know of the loaded shard, such as `cast from bfloat16 to float32 on CPU`."""
     waiting_for: tuple[int, ...] = ()
     """Ranks whose connection is still missing, while Connecting."""
     ring_listening: bool = False

@@ -51,6 +51,8 @@ class Load(Lenient):
     kind: Literal["Load"] = "Load"
     path: str
     """Directory with config.json and safetensors files."""
+    adapter: str | None = None
+    """Directory with adapter_config.json and adapters.safetensors."""
     served_name: str
     rank: int
     world_size: int
@@ -59,8 +61,11 @@ class Load(Lenient):
     max_tokens: int | None = None
     context_length: int | None = None
     memory_limit_bytes: int | None = None
+    """Of this rank's container."""
     spare_bytes: int = 0
     """Of that limit, what a spare engine beside this one will take."""
+    memory_limits: tuple[int | None, ...] = ()
+    """Of all ranks, by rank; empty: not known, taken to be alike."""
 
 
 class Warmup(Lenient):

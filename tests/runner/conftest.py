@@ -64,10 +64,12 @@ def reference(tiny: Callable[[str], Path]) -> Reference:
     return ask
 
 
-def plain_mlx_lm(model: Path, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+def plain_mlx_lm(
+    model: Path, prompts: Sequence[Sequence[int]], tokens: int, adapter: Path | None = None
+) -> list[list[int]]:
     script = Path(__file__).with_name("plain_mlx_lm.py")
     done = subprocess.run(
-        [sys.executable, script, model, json.dumps([list(prompt) for prompt in prompts]), str(tokens)],
+        [sys.executable, script, model, json.dumps([list(prompt) for prompt in prompts]), str(tokens), adapter or ""],
         env=environment(),
         capture_output=True,
         text=True,

@@ -248,6 +248,7 @@ class Group:
         self.deadlines = DeadlineSeconds()
         self.serving = ServingOptions()
         self.sharding = Sharding.PIPELINE
+        self.memory_limits: tuple[int | None, ...] = ()
 
     @property
     def base_url(self) -> str:
@@ -268,6 +269,7 @@ class Group:
             sharding=self.sharding,
             deadlines=self.deadlines,
             serving=self.serving,
+            memory_limits=self.memory_limits,
         )
         await self.all(task, RunnerState.IDLE, epoch)
 

@@ -1,6 +1,8 @@
 """Loading a shard: all of it or a failure that names what is wrong. In this process: nothing here needs a group."""
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,13 @@ from . import tiny_models
 imports.import_all()
 
 import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
-from mlx_lm.models.cache import ChunkedKVCache, make_prompt_cache  # noqa: E402
+from mlx_lm.models.cache import ChunkedKVCache  # noqa: E402
 
+from mlx_runner.engine import anatomy, memory  # noqa: E402
 from mlx_runner.engine import load as loading  # noqa: E402
-from mlx_runner.engine import pipeline  # noqa: E402
 from mlx_runner.engine.failures import EngineError  # noqa: E402
-from mlx_runner.engine.pipeline import Stage  # noqa: E402
 from mlx_runner.engine.text import load_tokenizer  # noqa: E402
 
 Tiny = Callable[[str], Path]
@@ -61,40 +63,6 @@ def test_the_stages_of_a_pipeline_hold_every_tensor_and_only_a_tied_embedding_tw
     assert stages[0] & stages[2] == tied
     assert not any("embed" in name or name.split(".", 1)[1] == "norm.weight" for name in stages[1])
     assert all("lm_head" not in name for name in stages[1] | stages[2])
-
-
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("architecture", pipeline.VERIFIED)
-def test_the_stages_of_a_supported_architecture_compute_what_the_whole_model_does(
-    tmp_path: Path, architecture: str, tied: bool
-) -> None:
-    model = tiny_models.build(
-        tmp_path / "model",
-        architecture,
-        tie_word_embeddings=tied,
-        # What some of these architectures ask for; the others take no notice.
-        attention_bias=False,
-        partial_rotary_factor=1.0,
-        norm_epsilon=1e-5,
-        num_experts=4,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=32,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        norm_topk_prob=True,
-    )
-    whole = load(model).model
-    cache = make_prompt_cache(whole)
-    stages = [Stage(shard.model, shard.span) for shard in (load(model, rank, 3) for rank in range(3))]
-    caches = [stage.make_cache() for stage in stages]
-    for tokens in ([5, 6, 7, 8, 9, 10, 300], [11], [12]):
-        expected = whole(mx.array([tokens]), cache=cache)[:, -1]
-        hidden = stages[2].embed(mx.array([tokens]))
-        for stage, stage_cache in zip(reversed(stages), reversed(caches), strict=True):
-            hidden = stage.run(hidden, stage_cache)
-        assert mx.array_equal(stages[0].logits(hidden), expected)
 
 
 def test_progress_is_told_layer_by_layer(tiny: Tiny) -> None:
@@ -241,13 +209,6 @@ def test_a_rank_needs_only_the_files_of_its_own_layers(tmp_path: Path, tiny: Tin
         ({"model_type": None}, 0, 1, "names no model_type"),
         ({"model_file": "own.py"}, 0, 1, "brings its own code"),
         ({}, 0, 5, "the model has 4 layers, too few for a pipeline of 5 ranks"),
-        ({"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 8}, 0, 2, "sliding window"),
-        (
-            {"model_type": "gemma", "head_dim": 16},
-            0,
-            2,
-            "gemma cannot be split into a pipeline; supported: glm4, llama, ",
-        ),
     ],
 )
 def test_what_cannot_be_run_is_unsupported_and_says_what_is(
@@ -261,10 +222,13 @@ def test_what_cannot_be_run_is_unsupported_and_says_what_is(
 
 
 def test_a_cache_that_holds_one_request_only_is_unsupported(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "make_prompt_cache", lambda model: [ChunkedKVCache(8)])
-    error = refused(tiny("qwen2"))
-    assert error.reason is Reason.MODEL_UNSUPPORTED
-    assert "ChunkedKVCache, which cannot hold several requests" in error.message
+    monkeypatch.setattr(anatomy, "make_prompt_cache", lambda model: [ChunkedKVCache(8)])
+    for world_size, words in ((1, "cannot be served"), (2, "cannot be split into a pipeline")):
+        error = refused(tiny("qwen2"), 0, world_size)
+        assert error.reason is Reason.MODEL_UNSUPPORTED
+        assert words in error.message
+        assert "ChunkedKVCache, which cannot hold several requests" in error.message
+    assert "tested in a pipeline: afmoe, " in error.message
 
 
 class Three:
@@ -314,8 +278,6 @@ def test_half_precision_is_cast_on_cpu_and_said(tmp_path: Path, tiny: Tiny, kind
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="only CPUs need float32")
 def test_a_quantized_model_is_cast_on_cpu_and_said(tmp_path: Path, tiny: Tiny) -> None:
-    import mlx.nn as nn
-
     model = tiny_models.copy(tiny("qwen2"), tmp_path / "model")
     quantized = load(tiny("qwen2")).model
     nn.quantize(quantized, group_size=32, bits=8)
@@ -330,10 +292,128 @@ def test_a_quantized_model_is_cast_on_cpu_and_said(tmp_path: Path, tiny: Tiny) -
         assert mx.allclose(array, original[name], atol=0.02), name
 
 
-def test_a_shard_larger_than_the_memory_limit_is_refused_with_the_sum(tiny: Tiny) -> None:
-    error = refused(tiny("qwen2"), memory_limit_bytes=50 * 1024 * 1024)
+def test_a_shard_larger_than_the_memory_limit_is_refused_with_the_sum_before_it_is_read(tiny: Tiny) -> None:
+    told: list[LayerLoaded] = []
+    with pytest.raises(EngineError) as raised:
+        loading.load(command(tiny("qwen2"), memory_limit_bytes=50 << 20), None, told.append)
+    assert raised.value.reason is Reason.INSUFFICIENT_MEMORY
+    number = r"[0-9.]+[KMG]i"
+    assert re.match(
+        rf"needs {number} = weights 676.2Ki \+ KV 1Mi \(1 x 1024 tokens\) \+ {number} "
+        rf"\(process {number}, copies and prefill {number}\); limit 50Mi: even one short request does not fit",
+        raised.value.message,
+    ), raised.value.message
+    assert told == []
+
+
+def test_a_context_that_was_asked_for_must_fit_for_all_requests_at_once(tiny: Tiny) -> None:
+    free = memory.resident_bytes() + (64 << 20)
+    error = refused(tiny("qwen2"), memory_limit_bytes=free, context_length=200_000)
     assert error.reason is Reason.INSUFFICIENT_MEMORY
-    assert "the shard needs 1 MiB" in error.message and "limit of 50 MiB" in error.message
+    assert "KV 782Mi (4 x 200000 tokens)" in error.message
+    fitting = re.search(r": spec.serving.contextLength (\d+)", error.message)
+    assert fitting, error.message
+    # The figure of the message is true.
+    shard = load(tiny("qwen2"), memory_limit_bytes=free + (4 << 20), context_length=int(fitting[1]))
+    assert (shard.budget.context, shard.budget.tokens) == (int(fitting[1]), None)
+
+
+def test_without_a_context_the_requests_share_what_memory_there_is(tiny: Tiny) -> None:
+    shard = load(tiny("qwen2"), memory_limit_bytes=1 << 30)
+    assert (shard.budget.context, shard.budget.tokens, shard.loaded.note) == (tiny_models.CONTEXT, None, None)
+    shard = load(tiny("qwen2"), memory_limit_bytes=int(memory.resident_bytes() * 1.05) + (52 << 20))
+    tokens = shard.budget.tokens
+    assert tokens is not None
+    assert 1024 <= tokens < 4 * tiny_models.CONTEXT
+    assert tokens % 256 == 0
+    assert shard.budget.context == min(tokens, tiny_models.CONTEXT)
+    note = f"memory for {tokens} tokens in work at once, {shard.budget.context} in one request"
+    assert shard.loaded.note == note
+
+
+def test_the_rank_with_the_least_memory_bounds_what_all_take(tiny: Tiny) -> None:
+    small = int(memory.resident_bytes() * 1.05) + (52 << 20)
+    for own in (0, 1):
+        limits = tuple(small if rank != own else 1 << 30 for rank in range(2))
+        shard = load(tiny("qwen2"), own, 2, memory_limit_bytes=1 << 30, memory_limits=limits)
+        assert shard.budget.tokens is not None
+
+
+def test_a_file_that_fails_while_it_is_read_is_named(tmp_path: Path, tiny: Tiny) -> None:
+    model = tiny_models.copy(tiny("qwen2"), tmp_path / "model")
+
+    def shorten(event: LayerLoaded) -> None:
+        os.truncate(second(model), 4096)
+
+    with pytest.raises(EngineError) as raised:
+        loading.load(command(model), None, shorten)
+    assert raised.value.reason is Reason.MODEL_CORRUPT
+    assert "the weights of layer 2 cannot be read from" in raised.value.message
+
+
+def test_a_file_that_goes_away_while_it_is_read_changes_nothing(tmp_path: Path, tiny: Tiny) -> None:
+    model = tiny_models.copy(tiny("qwen2"), tmp_path / "model")
+    shard = loading.load(command(model), None, lambda event: second(model).unlink(missing_ok=True))
+    whole = dict(tree_flatten(load(tiny("qwen2")).model.parameters()))
+    assert all(mx.array_equal(array, whole[name]) for name, array in tree_flatten(shard.model.parameters()))
+
+
+def test_a_parameter_that_the_loader_left_out_is_found(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = nn.Module.load_weights
+
+    def forgetful(self: Any, given: list[tuple[str, Any]], strict: bool = True) -> Any:
+        return original(self, [item for item in given if item[0] != "model.norm.weight"], strict=strict)
+
+    monkeypatch.setattr(nn.Module, "load_weights", forgetful)
+    error = refused(tiny("qwen2"))
+    assert error.reason is Reason.LOAD_FAILED
+    assert error.message == "1 parameters were not loaded from the files, such as model.norm.weight"
+
+
+def test_integers_where_the_model_computes_with_floats_are_damage(tmp_path: Path, tiny: Tiny) -> None:
+    model = tiny_models.copy(tiny("qwen2"), tmp_path / "model")
+    name = "model.layers.1.mlp.up_proj.weight"
+    arrays = load_all(model)
+    arrays[name] = arrays[name].astype(mx.int32)
+    tiny_models.write_weights(model, arrays)
+    error = refused(model)
+    assert error.reason is Reason.MODEL_CORRUPT
+    assert f"tensor {name} in model-00001-of-00002.safetensors is of type int32" in error.message
+    assert load(model, 0, 2).loaded.layers == "2-3", "a rank that does not hold it can load"
+
+
+def test_the_form_of_the_files_is_known_without_those_of_other_ranks(tmp_path: Path) -> None:
+    """Experts are stored one by one; mlx-lm looks at layer 0 to tell, and this rank's files begin at layer 2."""
+    model = tiny_models.build(
+        tmp_path / "model",
+        "qwen3_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+    )
+    stacked = load_all(model)
+    single: dict[str, Any] = {}
+    for name, array in stacked.items():
+        before, found, after = name.partition("switch_mlp.")
+        if found:
+            single |= {f"{before}experts.{number}.{after}": array[number] for number in range(4)}
+        else:
+            single[name] = array
+    tiny_models.write_weights(model, single)
+    whole = dict(tree_flatten(load(model).model.parameters()))
+    (model / "model-00001-of-00002.safetensors").rename(tmp_path / "elsewhere")
+    with pytest.raises(EngineError, match="embed_tokens"):
+        load(model, 0, 2)  # its head is the embedding, which is in the other file
+    change_config(model, tie_word_embeddings=False)
+    head = {"lm_head.weight": stacked["model.embed_tokens.weight"], "model.norm.weight": stacked["model.norm.weight"]}
+    mx.save_safetensors(str(model / "model-extra.safetensors"), head)
+    shard = load(model, 0, 2)
+    arrays = dict(tree_flatten(shard.model.parameters()))
+    assert any("switch_mlp" in name for name in arrays)
+    assert all(mx.array_equal(array, whole[name]) for name, array in arrays.items() if name in whole)
 
 
 def test_a_missing_or_damaged_tokenizer_is_told(tmp_path: Path, tiny: Tiny) -> None:

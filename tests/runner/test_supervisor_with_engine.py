@@ -91,6 +91,16 @@ async def test_two_ranks_answer_as_one_and_again_after_an_engine_was_killed(pair
         assert len(pod.engines()) == 1
 
 
+async def test_ranks_of_unequal_memory_hold_unequal_parts_and_answer_the_same(
+    tmp_path: Path, models: Path, alone: str
+) -> None:
+    async with group(tmp_path, 2, engine=None, models=models, **ENVIRONMENT) as instance:
+        instance.memory_limits = (1 << 30, 3 << 30)
+        await instance.ready()
+        assert [pod.report.layers for pod in instance.pods] == ["3-3", "0-2"]
+        assert await complete(instance) == alone
+
+
 async def test_a_chat_goes_through_the_template_of_the_model(pair: Group) -> None:
     await pair.ready()
     async with openai.AsyncOpenAI(base_url=pair.base_url, api_key="x", max_retries=0, timeout=PATIENCE) as ai:

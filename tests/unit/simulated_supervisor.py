@@ -43,6 +43,8 @@ class Supervisor:
     resolve: Callable[[], str] = lambda: "0" * 40
     """The commit that a branch of the hub is at now."""
     source: str = ""
+    note: str | None = None
+    """What its engine says of the shard."""
     engines: list[int] = field(default_factory=list)
     """Epochs for which an engine was started here."""
 
@@ -105,6 +107,7 @@ class Supervisor:
             world_size=task.world_size,
             since=self.now(),
             predecessor=self.predecessor,
+            memory_limit_bytes=self.report.memory_limit_bytes,
         )
 
     def _record(self, request: TaskRequest, phase: TaskPhase) -> TaskOutcome:
@@ -137,7 +140,7 @@ class Supervisor:
                 return False
             facts = {"group": "present"}
         if name is TaskName.LOAD_MODEL:
-            facts = {"layers": "0-11", "layers_loaded": 12, "layers_total": 12}
+            facts = {"layers": "0-11", "layers_loaded": 12, "layers_total": 12, "note": self.note}
         if name is TaskName.START_WARMUP and not warm:
             return False
         self.running = None

@@ -64,6 +64,7 @@ class Cluster:
         """The commit that the branch of every hub repository is at."""
         self.unplaceable: str | None = None
         self.pull_error: str | None = None
+        self.memory_limits: dict[int, int] = {}
         self.notes: dict[str, tuple[str, ...]] = {}
         self.lagging: dict[str, dict[str, Any]] = {}
         self.settings = Settings(runner_image="runner:1", key_id="abcdef0123", started=START)
@@ -311,7 +312,8 @@ class Cluster:
         pod.supervisor = Supervisor(rank, f"{format_time(self.now)}-{next(self.uids):04d}", lambda: self.now)
         pod.supervisor.resolve = lambda: self.branch
         pod.supervisor.predecessor = getattr(pod, "last_words", None)
-        pod.supervisor.publish(predecessor=pod.supervisor.predecessor)
+        limit = self.memory_limits.get(rank)
+        pod.supervisor.publish(predecessor=pod.supervisor.predecessor, memory_limit_bytes=limit)
         status |= {"phase": "Running", "podIP": f"10.0.0.{int(uid[4:8]) % 250 + 1}"}
         status["containerStatuses"] = [
             {

@@ -193,6 +193,32 @@ def test_only_the_chunks_of_a_long_prompt_are_planned_ahead() -> None:
     assert kinds == [["PrefillChunk"], ["PrefillChunk"], ["PrefillChunk", "Join", "Step"], []]
 
 
+def test_rows_wait_until_the_memory_is_enough_for_all_of_them() -> None:
+    """A batch is as long as its longest row: memory counts as their number times that, in blocks of 256."""
+    scheduler = Scheduler(4, frozenset(), max_tokens=1024)
+    group = Group(scheduler, 1)
+    for uid, answer in ((1, 10), (2, 300), (3, 10)):
+        scheduler.submit(Row(uid, (1, 2), answer))
+    group.turn()
+    assert len(group.ranks.lane) == 2, "two of 512; a third one would make it 1536"
+    while 1 not in group.finished:
+        group.turn()
+    group.turn()
+    assert len(group.ranks.lane) == 2
+    while group.turn():
+        pass
+    assert set(group.finished.values()) == {"length"}
+
+
+def test_one_row_alone_always_has_its_place() -> None:
+    scheduler = Scheduler(4, frozenset(), max_tokens=256)
+    group = Group(scheduler, 1)
+    scheduler.submit(Row(1, (1, 2), 300))
+    while group.turn():
+        pass
+    assert group.finished == {1: "length"}
+
+
 def test_a_cancelled_row_that_waits_never_reaches_the_ranks() -> None:
     scheduler = Scheduler(1, frozenset())
     for uid in (1, 2):

@@ -153,6 +153,21 @@ def test_another_secret_needs_another_pod_but_another_repository_does_not() -> N
     assert hashed(source="pvc://models/tiny", credentialsSecretRef={"name": "hf"}) == mounted != known
 
 
+def test_an_adapter_has_a_volume_of_its_own_that_belongs_to_the_template() -> None:
+    model = {"source": "pvc://models/a", "adapter": {"source": "oci://registry.example/adapter:1"}}
+    manifest = pod(model=model)
+    (found,) = [v for v in manifest["spec"]["volumes"] if v["name"] == "adapter"]
+    assert found == {"name": "adapter", "image": {"reference": "registry.example/adapter:1"}}
+    (mount,) = [m for m in container(manifest)["volumeMounts"] if m["name"] == "adapter"]
+    assert mount == {"name": "adapter", "mountPath": names.ADAPTER_MOUNT, "readOnly": True}
+    mark = names.TEMPLATE_HASH_ANNOTATION
+    hashes = {
+        pod(model={**model, "adapter": {"source": source}})["metadata"]["annotations"][mark]
+        for source in ("pvc://models/b", "pvc://models/c", "pvc://other/b", "oci://registry.example/adapter:1")
+    }
+    assert len(hashes) == 3, "another path in one claim needs no other pod"
+
+
 def test_every_mount_has_a_volume_and_every_volume_a_mount() -> None:
     for source in ("pvc://models/a", "oci://registry.example/m:1"):
         manifest = pod(model={"source": source})

@@ -224,9 +224,7 @@ def test_a_supervisor_that_forgets_its_deadline_is_found_out_all_the_same() -> N
 
 def test_every_rank_is_told_the_memory_of_all_so_that_it_knows_its_layers() -> None:
     cluster = Cluster(runners=2, model=SOURCE)
-    cluster.run(until=lambda: cluster.status.epoch == 1 and len(list(cluster.supervisors())) == 2)
-    for rank, limit in ((0, 10**9), (1, None)):
-        cluster.supervisor(rank).publish(memory_limit_bytes=limit)
+    cluster.memory_limits = {0: 10**9}
     cluster.run(until=lambda: len(downloads(cluster)) == 2)
     tasks = [a.request.task for a in cluster.sent if isinstance(a.request.task, DownloadModel)]
     assert {task.memory_limits for task in tasks} == {(10**9, None)}

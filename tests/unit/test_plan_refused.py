@@ -11,6 +11,10 @@ from tests.unit.scenes import condition, failures, ready
 GOOD = {"model": {"source": "pvc://models/tiny"}, "runners": 2}
 REFUSED: dict[str, tuple[dict[str, Any], Reason]] = {
     "scheme": ({"model": {"source": "s3://bucket/model"}}, Reason.INVALID_SPEC),
+    "adapter": (
+        {"model": {"source": "pvc://models/tiny", "adapter": {"source": "hf://a/b"}}},
+        Reason.INVALID_SPEC,
+    ),
     "runners": ({"runners": 65}, Reason.INVALID_SPEC),
     "scheme and size": ({"model": {"source": "s3://bucket/model"}, "runners": 1}, Reason.INVALID_SPEC),
 }

@@ -10,7 +10,7 @@ from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState, TaskName
 from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import ConnectToGroup, CreateRunner
-from tests.unit.simulated_supervisor import UID
+from tests.unit.simulated_supervisor import UID, Supervisor
 from tests.unit.simulator import Cluster
 
 
@@ -52,6 +52,41 @@ def test_a_group_is_told_its_tasks_in_the_order_of_the_lifecycle() -> None:
         "CreateRunner", "CreateRunner", "DownloadModel", "DownloadModel", "ConnectToGroup", "ConnectToGroup",
         "LoadModel", "LoadModel", "StartWarmup", "StartWarmup",
     ]  # fmt: skip
+
+
+def supervisor(cluster: Cluster, rank: int) -> Supervisor:
+    found = cluster.pods[f"tiny-{rank}"].supervisor
+    assert found is not None
+    return found
+
+
+def test_every_rank_is_told_the_memory_limits_of_all_as_they_were_when_the_epoch_began() -> None:
+    cluster = Cluster()
+    limits = (1 << 30, 2 << 30)
+    cluster.memory_limits = dict(enumerate(limits))
+    cluster.run(until=lambda: any(isinstance(s.request.task, CreateRunner) for s in cluster.sent))
+    # A report that changes later, as when a pod is resized in place, changes nothing in this epoch.
+    supervisor(cluster, 1).publish(memory_limit_bytes=5)
+    cluster.run()
+    assert cluster.ready()
+    assert tuple(r.memory_limit_bytes for r in cluster.status.runners) == limits
+    created = [s.request.task for s in cluster.sent if isinstance(s.request.task, CreateRunner)]
+    assert {s.memory_limits for s in created} == {limits}
+
+
+def test_the_loaded_condition_says_once_what_the_ranks_say_of_their_shards() -> None:
+    cluster = Cluster()
+    for rank in (0, 1):
+        until(cluster, rank, RunnerState.PENDING)
+    cast = "cast from bfloat16 to float32 on CPU"
+    supervisor(cluster, 1).note = cast
+    supervisor(cluster, 0).note = f"{cast}; memory for 4096 tokens in work at once, 4096 in one request"
+    cluster.run()
+    loaded = cluster.status.condition(ConditionType.LOADED)
+    assert loaded is not None
+    assert loaded.message.endswith(f"; {cast}; memory for 4096 tokens in work at once, 4096 in one request")
+    assert loaded.message.count(cast) == 1
+    assert cluster.status.runner(1).note == cast
 
 
 def test_one_runner_is_never_told_to_connect_and_is_connected_at_once() -> None:

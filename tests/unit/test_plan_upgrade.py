@@ -81,6 +81,15 @@ def test_what_means_the_same_to_the_runners_has_the_same_hash(one: dict[str, Any
     assert wanted({**TINY, **one}).spec_hash == wanted({**TINY, **other}).spec_hash
 
 
+def test_an_adapter_is_told_to_the_runners_and_another_one_is_a_new_epoch() -> None:
+    one, other = (
+        wanted({"model": {"source": "pvc://models/tiny", "adapter": {"source": source}}})
+        for source in ("pvc://models/a", "pvc://models/b")
+    )
+    assert (one.runner.adapter, other.runner.adapter) == ("pvc://models/a", "pvc://models/b")
+    assert len({one.spec_hash, other.spec_hash, wanted(TINY).spec_hash}) == 3
+
+
 @pytest.mark.parametrize("spoken", [PROTOCOL, PROTOCOL - 1])
 def test_each_supervisor_is_spoken_to_in_the_protocol_that_it_speaks(spoken: int) -> None:
     cluster = placed()

@@ -11,8 +11,9 @@ from mlx_operator_api.conditions import Reason
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.tasks import RunnerReport, Sharding
 from mlx_runner.progress import Phase, Snapshot
+from mlx_runner.quantity import quantity
 from mlx_runner.supervisor import evidence, ring
-from mlx_runner.supervisor.cgroup import Cgroup, quantity
+from mlx_runner.supervisor.cgroup import Cgroup
 from mlx_runner.supervisor.diagnosis import of_deadline, of_exit
 from mlx_runner.supervisor.watch import Process, Sample, Stall, Watch, read_process
 

@@ -74,9 +74,10 @@ def task(picture: Picture, rank: Rank, status: Status) -> DownloadModel | None:
     limits: tuple[int | None, ...] = ()
     if picture.wanted.world_size > 1 and picture.wanted.runner.sharding is Sharding.PIPELINE:
         reports = [other.in_epoch(status.epoch) for other in picture.ranks]
-        limits = tuple(report.memory_limit_bytes for report in reports if report is not None)
-        if len(limits) < len(reports):
+        if None in reports:
             return None
+        # As CreateRunner told them: a rank fetches the layers that it will load.
+        limits = tuple(status.runner(other.rank).memory_limit_bytes for other in picture.ranks)
     revision = commit(picture, status)
     if picture.wanted.source.kind is SourceKind.HUB and revision is None and rank.rank != _RESOLVER:
         return None

@@ -151,10 +151,12 @@ def _joined(picture: Picture, rank: Rank, status: Status) -> RunnerStatus:
             "pod_uid": pod.uid if pod else None,
             "node": pod.node if pod else None,
             "incarnation": report.incarnation if report else None,
+            "memory_limit_bytes": report.memory_limit_bytes if report else None,
             "epoch": status.epoch,
             "state": RunnerState.PENDING,
             "since": picture.clock.stamp,
             "layers": None,
+            "note": None,
             "progress": None,
         }
     )

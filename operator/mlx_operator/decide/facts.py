@@ -240,7 +240,9 @@ def _loaded(s: Situation) -> Fact:
     if s.everywhere(RunnerState.LOADED):
         layers = listed(*(f"rank {r.rank}: {r.layers}" for r in s.status.runners[:16] if r.layers))
         shards = f"; layers of {layers}" if layers else ""
-        return Fact("True", Reason.MODEL_LOADED, f"{s.size}/{s.size} runners hold their shard{shards}")
+        notes = dict.fromkeys(part for r in s.status.runners if r.note for part in r.note.split("; "))
+        said = "".join(f"; {note}" for note in notes)
+        return Fact("True", Reason.MODEL_LOADED, f"{s.size}/{s.size} runners hold their shard{shards}{said}")
     if not assigned(s.status):
         return Fact("False", Reason.WAITING_FOR_RUNNERS, f"epoch {s.status.epoch} has not started")
     done = s.reached(RunnerState.LOADED)

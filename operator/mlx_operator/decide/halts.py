@@ -105,6 +105,7 @@ def _asleep(picture: Picture, rank: Rank) -> RunnerStatus:
             "state": RunnerState.PENDING,
             "since": record.since if same and record.since is not None else picture.clock.stamp,
             "layers": None,
+            "note": None,
             "progress": None,
         }
     )

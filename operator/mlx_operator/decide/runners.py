@@ -41,6 +41,7 @@ def _entry(picture: Picture, rank: Rank, status: Status) -> RunnerStatus:
             "state": state,
             "since": since,
             "layers": (report.layers if report is not None else None) or record.layers,
+            "note": (report.note if report is not None else None) or record.note,
             "progress": shown,
         }
     )

@@ -21,6 +21,7 @@ from mlx_operator_api.modelinstance import (
     Spec,
 )
 from mlx_operator_api.sizes import quantity
+from mlx_operator_api.source import Source, SourceKind
 from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import CreateRunner, Sharding
 
@@ -50,7 +51,8 @@ class Wanted:
     uid: str
     generation: int
     spec: Spec
-    source: source.Source
+    source: Source
+    adapter: Source | None
     runner: CreateRunner
     """What every runner is told; its hash says whether a new epoch is due."""
     deadlines: Deadlines
@@ -84,6 +86,7 @@ class Wanted:
             "worldSize": runner.world_size,
             "sharding": runner.sharding,
             "source": runner.source,
+            "adapter": {} if runner.adapter is None else runner.adapter,
             "servedName": runner.served_name,
             "serving": _set_by_user(spec.serving, runner.serving),
             "deadlines": _set_by_user(spec.deadlines, runner.deadlines),
@@ -114,6 +117,7 @@ def parse(instance: Manifest) -> Wanted:
             generation=metadata.get("generation", 0),
             spec=spec,
             source=source.parse(spec.model.source),
+            adapter=_adapter(spec),
             runner=_runner(spec, metadata["name"], deadlines),
             deadlines=_checked(deadlines),
             restarts=_restarts(spec),
@@ -157,6 +161,21 @@ def time_of(value: Any) -> datetime | None:
     return parsed if isinstance(parsed, datetime) else None
 
 
+def _adapter(spec: Spec) -> Source | None:
+    if spec.model.adapter is None:
+        return None
+    try:
+        found = source.parse(spec.model.adapter.source)
+    except ValueError as error:
+        raise ValueError(f"spec.model.adapter.source: {error}") from error
+    if found.kind is SourceKind.HUB:
+        text = spec.model.adapter.source
+        raise ValueError(
+            f"spec.model.adapter.source: {text!r} is no source of an adapter in this release: use pvc:// or oci://"
+        )
+    return found
+
+
 def _set_by_user(given: BaseModel | None, told: BaseModel) -> dict[str, Any]:
     """Of what the runner is told, the fields that the spec sets: in the runner's units, so that `60s` is `1m`."""
     return {name: getattr(told, name) for name in type(told).model_fields if getattr(given, name, None) is not None}
@@ -169,6 +188,7 @@ def _runner(spec: Spec, name: str, deadlines: Deadlines) -> CreateRunner:
         world_size=spec.world_size,
         sharding=sharding if spec.world_size > 1 else Sharding.PIPELINE,
         source=spec.model.source,
+        adapter=spec.model.adapter.source if spec.model.adapter is not None else None,
         served_name=spec.model.served_name or name,
         deadlines=deadlines.for_runner(),
     )

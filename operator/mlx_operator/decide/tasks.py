@@ -13,6 +13,7 @@ from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import (
     PROTOCOL,
     ConnectToGroup,
+    CreateRunner,
     LoadModel,
     Peer,
     Sharding,
@@ -64,9 +65,15 @@ def _steps(picture: Picture, status: Status) -> Iterator[SendTask]:
         if rank.report.incarnation != rank.record.incarnation:
             continue
         if rank.report.epoch < status.epoch:
-            yield from _to(picture, rank, status.epoch, picture.wanted.runner)
+            yield from _to(picture, rank, status.epoch, _create(picture, status))
             continue
         yield from _next(picture, rank, status)
+
+
+def _create(picture: Picture, status: Status) -> CreateRunner:
+    """The same for all ranks, whenever it is sent: what the layers are split by was recorded with the epoch."""
+    limits = tuple(record.memory_limit_bytes for record in status.runners)
+    return picture.wanted.runner.model_copy(update={"memory_limits": limits})
 
 
 def _next(picture: Picture, rank: Rank, status: Status) -> Iterator[SendTask]:

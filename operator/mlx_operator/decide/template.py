@@ -11,7 +11,7 @@ from typing import Any
 from mlx_operator_api import names
 from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS, Runner
 from mlx_operator_api.sizes import quantity
-from mlx_operator_api.source import SourceKind
+from mlx_operator_api.source import Source, SourceKind
 
 from .observed import Settings
 from .spec import Wanted, digest
@@ -53,6 +53,8 @@ def template_hash(wanted: Wanted, image: str, settings: Settings) -> str:
     }
     if (secret := _credentials(wanted)) is not None:
         inputs["credentials"] = secret
+    if wanted.adapter is not None:
+        inputs["adapter"] = [wanted.adapter.kind, wanted.adapter.name]
     return f"{_CHOSEN if runner.image else _DEFAULT}-{digest(inputs)}"
 
 
@@ -241,6 +243,8 @@ def _mounts(wanted: Wanted) -> list[dict[str, Any]]:
     ]
     if wanted.source.kind is not SourceKind.HUB:
         mounts.append({"name": "model", "mountPath": names.MODEL_MOUNT, "readOnly": True})
+    if wanted.adapter is not None:
+        mounts.append({"name": "adapter", "mountPath": names.ADAPTER_MOUNT, "readOnly": True})
     return mounts
 
 
@@ -252,18 +256,20 @@ def _volumes(wanted: Wanted, settings: Settings) -> list[dict[str, Any]]:
         {"name": "token", "secret": {"secretName": secret, "defaultMode": 0o440}},
         {"name": "cache", **_cache(wanted)},
     ]
-    match wanted.source.kind:
-        case SourceKind.CLAIM:
-            claim = {"claimName": wanted.source.name, "readOnly": True}
-            volumes.append({"name": "model", "persistentVolumeClaim": claim})
-        case SourceKind.IMAGE:
-            reference: dict[str, Any] = {"reference": wanted.source.name}
-            if settings.image_pull_policy:
-                reference["pullPolicy"] = settings.image_pull_policy
-            volumes.append({"name": "model", "image": reference})
-        case SourceKind.HUB:
-            pass
+    for name, source in (("model", wanted.source), ("adapter", wanted.adapter)):
+        if source is not None and source.kind is not SourceKind.HUB:
+            volumes.append({"name": name, **_source(source, settings)})
     return volumes
+
+
+def _source(source: Source, settings: Settings) -> dict[str, Any]:
+    """What is mounted of a claim or an image."""
+    if source.kind is SourceKind.CLAIM:
+        return {"persistentVolumeClaim": {"claimName": source.name, "readOnly": True}}
+    reference: dict[str, Any] = {"reference": source.name}
+    if settings.image_pull_policy:
+        reference["pullPolicy"] = settings.image_pull_policy
+    return {"image": reference}
 
 
 def _cache(wanted: Wanted) -> dict[str, Any]:

@@ -1,48 +1,39 @@
-"""Stages of a pipeline: some whole layers of a model, for any architecture of a plain decoder's structure.
+"""Stages of a pipeline: some whole layers of a model, run by the model's own forward pass.
 
 Rank n-1 holds the first layers and the embedding, rank 0 the last ones with norm and head; a rank between holds
 neither. mlx-lm's own pipelines exist for few architectures, keep everything on every rank and end each step in a
-collective.
+collective. Here the model's code runs on every rank, but is entered and left between two layers: in front of a
+stage's first layer what came from the rank above takes the place of all that was computed so far, and at its last
+one the code is left. `anatomy.examine` has made sure beforehand that this gives what the whole would.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.layers import Span, TooFewLayersError, split
 
+from . import anatomy
+from .anatomy import Anatomy, ReachedError, UnsuitableError, copied, examine, outside, swap
+from .architectures import PIPELINE
+from .caches import CachePlan, CacheSize
 from .failures import EngineError
 
-VERIFIED = (
-    "glm4",
-    "llama",
-    "mixtral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "seed_oss",
-    "starcoder2",
-)
-"""Modules of mlx_lm.models whose forward pass is embed → layers(h, mask, cache) → norm → head, tested token for token.
 
-Others may have the attributes and still do more between them (scaled embeddings, soft caps), which would be silently
-wrong: they are refused until a test holds them.
-"""
-
-
-def span(total: int, rank: int, world_size: int) -> Span:
-    """The layers of a rank.
+def spans(total: int, world_size: int, memory_limits: Sequence[int | None] = ()) -> tuple[Span, ...]:
+    """The layers of all ranks, by rank.
 
     Raises:
         EngineError: fewer layers than ranks.
     """
     try:
-        return split(total, world_size)[rank]
+        return split(total, world_size, memory_limits)
     except TooFewLayersError as error:
         raise EngineError(Reason.MODEL_UNSUPPORTED, str(error)) from error
 
@@ -55,74 +46,129 @@ def architecture(model_class: type) -> str:
     return model_class.__module__
 
 
-def check(model: Any) -> None:
-    """Refuse what this split was not verified for.
+def check(model: Any, parts: Sequence[Span]) -> Anatomy:
+    """Rehearse a model that was not read yet in these stages, by rank.
 
     Raises:
-        EngineError: another architecture, or a variant of one with layers of several kinds.
+        EngineError: it cannot be cut there, or not compute several requests at once.
     """
     name = architecture(type(model))
-    inner: Any = getattr(model, "model", None)
-    plain = all(hasattr(inner, part) for part in ("layers", "embed_tokens", "norm"))
-    if name not in VERIFIED or not plain:
-        raise EngineError(
-            Reason.MODEL_UNSUPPORTED,
-            f"architecture {name} cannot be split into a pipeline; supported: {', '.join(VERIFIED)}, "
-            "any other with one runner",
+    try:
+        return examine(model, parts)
+    except UnsuitableError as error:
+        message = (
+            f"architecture {name} cannot be split into a pipeline: {error}; "
+            f"use one runner; tested in a pipeline: {', '.join(PIPELINE)}"
         )
-    special = {type(cache).__name__ for cache in make_prompt_cache(model)} - {KVCache.__name__}
-    if special:
-        raise EngineError(
-            Reason.MODEL_UNSUPPORTED,
-            f"this {name} model has layers with a {', '.join(sorted(special))} (such as a sliding window), "
-            "which cannot be split into a pipeline; use one runner",
-        )
+        raise EngineError(Reason.MODEL_UNSUPPORTED, message) from error
 
 
-def cut(model: Any, part: Span) -> None:
-    """Leave only this stage's modules in a model that was not read yet; layers keep their numbers."""
-    inner = model.model
-    inner.layers = [layer if part.start <= i < part.end else None for i, layer in enumerate(inner.layers)]
-    tied = "lm_head" not in model
-    if not (part.first or (part.last and tied)):
-        del inner["embed_tokens"]
-    if not part.last:
-        del inner["norm"]
-        if not tied:
-            del model["lm_head"]
+def cache_sizes(found: Anatomy, part: Span, width: int) -> tuple[CacheSize, ...]:
+    """What the caches of a stage take, with numbers of `width` bytes."""
+    held = sorted({cache for cache in found.cache_of[part.start : part.end] if cache is not None})
+    return tuple(_scaled(found.caches[index], width) for index in held)
+
+
+def _scaled(cache: CacheSize, width: int) -> CacheSize:
+    return replace(cache, position=cache.position * width // 4, fixed=cache.fixed * width // 4)
+
+
+def measure(model: Any) -> tuple[tuple[CacheSize, ...], bool]:
+    """What the caches of a whole model (or of a tensor group's part) take, and whether it computes several requests.
+
+    Raises:
+        EngineError: a cache cannot hold several requests, or the model's code fails.
+    """
+    try:
+        sizes, together = anatomy.measure(model)
+    except UnsuitableError as error:
+        message = f"architecture {architecture(type(model))} cannot be served: {error}"
+        raise EngineError(Reason.MODEL_UNSUPPORTED, message) from error
+    return tuple(sizes), together
+
+
+class Absent(nn.Module):
+    """What is left of a module whose arrays another rank holds: its attributes."""
+
+
+def cut(model: Any, found: Anatomy, part: Span) -> None:
+    """Leave only this stage's arrays in a model that was not read yet; layers keep their numbers."""
+    for index, layer in enumerate(found.layers):
+        if not part.start <= index < part.end:
+            for module in layer.modules():
+                # A model's code may ask a layer what kind it is: only its parts lose their class.
+                _strip(module, lambda key: False, whole=module is not layer)
+    for module in outside(model, found.layers):
+        _strip(module, partial(found.needs, module, part=part))
+
+
+def _strip(module: Any, keeps: Callable[[str], bool], *, whole: bool = True) -> None:
+    own = [key for key, value in module.items() if isinstance(value, mx.array)]
+    kept = [key for key in own if keeps(key)]
+    for key in own:
+        if key not in kept:
+            del module[key]
+    if whole and own and not kept:
+        module.__class__ = Absent
 
 
 class Stage:
-    """One rank's part of the forward pass."""
+    """One rank's part of the forward pass of a model that was cut and read."""
 
-    def __init__(self, model: Any, part: Span) -> None:
-        inner = model.model
+    def __init__(self, model: Any, found: Anatomy, part: Span) -> None:
         self.span = part
-        self._layers = [layer for layer in inner.layers if layer is not None]
-        self._embed = inner.embed_tokens if part.first else None
-        self._norm = inner.norm if part.last else None
-        self._head = None
-        if part.last:
-            self._head = model.lm_head if "lm_head" in model else inner.embed_tokens.as_linear
+        self._model = model
+        self._hidden: Any = None
+        self._plan = CachePlan(make_prompt_cache(model), found.cache_of, part)
+        embedding: Any = dict(model.named_modules())[found.embedding]
+        self._embed = type(embedding).__call__.__get__(embedding) if part.first else None
+
+        def given(*_: Any, **__: Any) -> Any:
+            return copied(self._hidden)
+
+        inner = [module for layer in found.layers for module in layer.modules()]
+        for module in model.modules():
+            if module is embedding or (isinstance(module, Absent) and not any(module is m for m in inner)):
+                swap(module, __call__=given)
+        for index, layer in enumerate(found.layers):
+            if index < part.start:
+                swap(layer, __call__=given if index == part.start - 1 else _passed)
+            elif index >= part.end:
+                swap(layer, __call__=_reached)
 
     def make_cache(self) -> list[Any]:
-        """Caches of the layers here, for one sequence."""
-        return [KVCache() for _ in self._layers]
+        """Caches of the layers here (and what stands for the others), for one sequence."""
+        return self._plan.take(make_prompt_cache(self._model))
 
     def embed(self, tokens: Any) -> Any:
-        """Hidden states (rows, positions, hidden) of token ids (rows, positions); first stage only."""
+        """Vectors (rows, positions, hidden) of token ids (rows, positions); first stage only."""
         assert self._embed is not None  # noqa: S101 (narrowing)
         return self._embed(tokens)
 
     def run(self, hidden: Any, cache: list[Any]) -> Any:
-        """Hidden states after the layers here."""
-        mask = create_attention_mask(hidden, cache[0])
-        for layer, layer_cache in zip(self._layers, cache, strict=True):
-            hidden = layer(hidden, mask, layer_cache)
-        return hidden
+        """Hidden states after the layers here; on the last stage the logits, (rows, positions, vocabulary).
 
-    def logits(self, hidden: Any) -> Any:
-        """Logits (rows, vocabulary) of the last position; last stage only."""
-        assert self._norm is not None  # noqa: S101 (narrowing)
-        assert self._head is not None  # noqa: S101 (narrowing)
-        return self._head(self._norm(hidden[:, -1]))
+        `hidden`: what `embed` gave, or the stage above.
+        """
+        self._hidden = hidden
+        rows, positions = hidden.shape[:2]
+        try:
+            result = self._model(mx.zeros((rows, positions), dtype=mx.int32), cache=self._plan.spread(cache))
+        except ReachedError as reached:
+            result = reached.hidden
+        finally:
+            self._hidden = None
+        self._plan.advance(cache, rows, positions)
+        return result
+
+    def logits(self, result: Any) -> Any:
+        """Logits (rows, vocabulary) of the last position of what `run` gave; last stage only."""
+        return result[:, -1]
+
+
+def _passed(_: Any, hidden: Any, *__: Any, **___: Any) -> Any:
+    return hidden
+
+
+def _reached(_: Any, hidden: Any, *__: Any, **___: Any) -> Any:
+    raise ReachedError(hidden)

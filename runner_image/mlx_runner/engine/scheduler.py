@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from . import frames
+from .blocks import blocks
 from .sampler import Choice
 
 CHUNK_TOKENS = 256
@@ -53,9 +54,11 @@ class Emission:
 class Scheduler:
     """Plans frames. The caller runs every planned frame in order, and gives the tokens of its step to `take`."""
 
-    def __init__(self, max_rows: int, eos: frozenset[int]) -> None:
+    def __init__(self, max_rows: int, eos: frozenset[int], *, max_tokens: int | None = None) -> None:
+        """`max_tokens`: memory for rows, as their number times the longest of them; None: enough for any."""
         self._max_rows = max_rows
         self._eos = eos
+        self._max_tokens = max_tokens
         self._waiting: deque[Row] = deque()
         self._prefilling: Row | None = None
         self._rows: list[Row] = []
@@ -142,7 +145,7 @@ class Scheduler:
         free = self._max_rows - len(self._rows) - (self._prefilling is not None)
         short: list[Row] = []
         for row in list(self._waiting):
-            if free == 0:
+            if free == 0 or not self._fits([*short, row]):
                 break
             if len(row.prompt) - 1 > CHUNK_TOKENS:
                 if self._prefilling is not None:
@@ -155,6 +158,12 @@ class Scheduler:
             self._waiting.remove(row)
             free -= 1
         return short
+
+    def _fits(self, joining: Sequence[Row]) -> bool:
+        """Whether the memory is enough for these rows too, however long all of them get. One alone always has it."""
+        rows = [*self._rows, *([self._prefilling] if self._prefilling else []), *joining]
+        longest = max(len(row.prompt) + row.max_tokens for row in rows)
+        return len(rows) == 1 or self._max_tokens is None or len(rows) * blocks(longest) <= self._max_tokens
 
     def _chunk(self, row: Row, budget: int) -> list[frames.Operation]:
         end = min(row.prefilled + budget, len(row.prompt) - 1)

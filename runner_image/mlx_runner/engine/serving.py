@@ -17,7 +17,6 @@ from .forward import Compute, Executor, PipelineStage, WholeModel
 from .group import Former, Group
 from .hidden import HiddenIn, HiddenOut
 from .leader import Leader
-from .pipeline import Stage
 from .requests import Limits, Requests
 from .scheduler import Emission, Scheduler
 from .text import load_tokenizer
@@ -114,8 +113,8 @@ def load(command: channel.Load, formed: Formed | None, process: Process) -> Serv
     if (group.rank if group else 0, group.world_size if group else 1) != (command.rank, command.world_size):
         raise ValueError(f"Load as rank {command.rank} of {command.world_size} does not fit the group: {group}")
     shard = loading.load(command, formed.ring if formed else None, process.events.send)
-    if formed is not None and command.sharding is Sharding.PIPELINE:
-        compute: Compute = PipelineStage(Stage(shard.model, shard.span), formed.source, formed.sink)
+    if formed is not None and shard.stage is not None:
+        compute: Compute = PipelineStage(shard.stage, formed.source, formed.sink)
     else:
         compute = WholeModel(shard.model, leader=command.rank == 0)
     executor = Executor(compute)
@@ -160,7 +159,7 @@ class LeaderServer:
         self, shard: loading.Shard, command: channel.Load, executor: Executor, group: Group | None, process: Process
     ) -> None:
         tokenizer = load_tokenizer(Path(command.path), shard.config)
-        limits = Limits.of(command, shard.context_length)
+        limits = Limits.of(command, shard.budget.context)
         if limits.context > shard.context_length:
             asked = f"contextLength {limits.context} is more than the model's own {shard.context_length}"
             process.events.notice(f"{asked}: answers beyond it may be nonsense", warning=True)
@@ -168,7 +167,7 @@ class LeaderServer:
         self._ending = process.ending
         self._leader = Leader(
             executor,
-            Scheduler(command.max_concurrent_requests, tokenizer.eos),
+            Scheduler(shard.budget.rows, tokenizer.eos, max_tokens=shard.budget.tokens),
             group,
             progress=process.progress,
             emit=self._emit,

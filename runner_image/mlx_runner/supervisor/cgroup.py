@@ -70,12 +70,3 @@ class Cgroup:
             if controller in controllers.split(","):
                 return path.lstrip("/")
         return ""
-
-
-def quantity(number: int) -> str:
-    """Bytes as Kubernetes writes them: `512Mi`, `1.1Gi`."""
-    value, units = float(number), ["", "Ki", "Mi", "Gi", "Ti"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{round(value, 1):g}{units[0]}"

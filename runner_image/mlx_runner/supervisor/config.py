@@ -37,6 +37,7 @@ class Config:
     listen_host: str = _EVERY_ADDRESS
     state_dir: Path = Path(names.STATE_MOUNT)
     model_dir: Path = Path(names.MODEL_MOUNT)
+    adapter_dir: Path = Path(names.ADAPTER_MOUNT)
     cache_dir: Path = Path(names.CACHE_MOUNT)
     cache_bytes: int | None = None
     """Most that may lie in `cache_dir`; None: what its file system has."""
@@ -70,6 +71,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Config:
         listen_host=environment.get(names.ENV_LISTEN_HOST) or defaults.listen_host,
         state_dir=_directory(environment, names.ENV_STATE_DIR, defaults.state_dir),
         model_dir=Path(environment.get(names.ENV_MODEL_DIR) or defaults.model_dir),
+        adapter_dir=Path(environment.get(names.ENV_ADAPTER_DIR) or defaults.adapter_dir),
         cache_dir=Path(environment.get(names.ENV_CACHE_DIR) or defaults.cache_dir),
         cache_bytes=_bytes(environment, names.ENV_CACHE_BYTES),
         grace_seconds=_seconds(environment, names.ENV_GRACE, defaults.grace_seconds),

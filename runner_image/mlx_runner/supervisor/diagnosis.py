@@ -9,8 +9,8 @@ from mlx_operator_api.conditions import Reason
 from mlx_operator_api.names import ring_port
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.tasks import RunnerReport, Sharding
+from mlx_runner.quantity import quantity
 
-from .cgroup import quantity
 from .evidence import Exit, meaningful
 
 

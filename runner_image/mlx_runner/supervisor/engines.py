@@ -9,9 +9,10 @@ import logging
 import signal
 
 from mlx_runner import channel
+from mlx_runner.quantity import quantity
 
 from . import engine_process, evidence
-from .cgroup import Cgroup, quantity
+from .cgroup import Cgroup
 from .config import Config
 from .engine_process import EngineProcess
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from mlx_operator_api.conditions import Reason, Retry
 from mlx_operator_api.names import ring_port
 from mlx_operator_api.runner import RunnerState, TaskName
+from mlx_operator_api.source import SourceKind, parse
 from mlx_operator_api.status import LastFailure
 from mlx_operator_api.tasks import ConnectToGroup, CreateRunner, Sharding
 from mlx_runner import channel
@@ -29,6 +30,7 @@ from .requests import Broker
 log = logging.getLogger(__name__)
 
 MAX_DIAGNOSTICS = 8
+MAX_NOTE = 1024
 _LAST_WORDS_SECONDS = 1.5
 """For an engine that has said why it fails, or was told goodbye by force, to end itself."""
 _RING_POLL_SECONDS = 0.1
@@ -109,6 +111,7 @@ class Runner:
         self._command(
             channel.Load(
                 path=path,
+                adapter=self._adapter(),
                 served_name=self.facts.served_name,
                 rank=self._config.rank,
                 world_size=self.facts.world_size,
@@ -118,6 +121,7 @@ class Runner:
                 context_length=serving.context_length,
                 memory_limit_bytes=limit,
                 spare_bytes=self._reserve(limit),
+                memory_limits=self.facts.memory_limits,
             ),
             self.facts.deadlines.load,
             Reason.LOAD_TIMEOUT,
@@ -128,6 +132,15 @@ class Runner:
             return 0
         self.engine.reserved_bytes = spare_bytes(limit, self.engine.bare_bytes)
         return self.engine.reserved_bytes
+
+    def _adapter(self) -> str | None:
+        """Where the adapter is mounted."""
+        source = self.facts.adapter
+        if source is None:
+            return None
+        parsed = parse(source)
+        path = self._config.adapter_dir / parsed.path if parsed.kind is SourceKind.CLAIM else self._config.adapter_dir
+        return str(path)
 
     def warm_up(self) -> None:
         """Run the first forward passes; answered by `WarmedUp`."""
@@ -287,8 +300,8 @@ class Runner:
             case channel.Loaded():
                 if event.note:
                     log.info("loaded: %s", event.note)
-                total = event.layers_total
-                facts = {"layers": event.layers, "layers_loaded": total, "layers_total": total}
+                total, note = event.layers_total, event.note[:MAX_NOTE] if event.note else None
+                facts = {"layers": event.layers, "layers_loaded": total, "layers_total": total, "note": note}
                 self._machine.complete(self.epoch, name, **facts)
             case channel.WarmedUp():
                 self._machine.complete(self.epoch, name)

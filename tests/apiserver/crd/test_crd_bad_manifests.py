@@ -62,6 +62,12 @@ CASES: list[tuple[dict[str, Any], str]] = [
         ),
     ),
     (
+        {"model": {"source": "pvc://m/a", "adapter": {"source": "hf://a/b"}}},
+        text(
+            "spec.model.adapter.source", "hf://a/b", "is no source of an adapter in this release: use pvc:// or oci://"
+        ),
+    ),
+    (
         {"model": {"source": "hf://gpt2"}},
         text(SOURCE, "hf://gpt2", "names no repository: write hf://ORG/NAME or hf://ORG/NAME@REV"),
     ),
