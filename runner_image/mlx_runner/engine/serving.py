@@ -23,8 +23,10 @@ from .scheduler import Emission, Scheduler
 from .text import load_tokenizer
 from .worker import WarmUpGate, Worker
 
-_FRAMES_AHEAD = 3
-"""In a pipeline the stages prefill several chunks of a long prompt at the same time."""
+_FRAMES_AHEAD = 4
+"""In a pipeline the stages prefill several batches, or chunks of a long prompt, at the same time."""
+_PIPELINE_LANES = 2
+"""Tensor ranks compute everything together, and a rank alone has nobody to wait for: one lane each."""
 _WORKER_GOODBYE_SECONDS = 0.8
 """A worker that is sent home waits this long for rank 0's own goodbye, which ends the whole group in good order."""
 
@@ -166,14 +168,16 @@ class LeaderServer:
             process.events.notice(f"{asked}: answers beyond it may be nonsense", warning=True)
         self.loaded = shard.loaded
         self._ending = process.ending
+        pipelined = command.sharding is Sharding.PIPELINE and group is not None
+        ahead, lanes = (_FRAMES_AHEAD, _PIPELINE_LANES) if pipelined else (1, 1)
         self._leader = Leader(
             executor,
-            Scheduler(command.max_concurrent_requests, tokenizer.eos),
+            Scheduler(command.max_concurrent_requests, tokenizer.eos, lanes=lanes, ahead=ahead),
             group,
             progress=process.progress,
             emit=self._emit,
             warmed_up=process.warmed_up,
-            ahead=_FRAMES_AHEAD if command.sharding is Sharding.PIPELINE and group else 1,
+            ahead=ahead,
         )
         self._requests = Requests(tokenizer, limits, self._leader.put, process.events.send)
         self._requests.start()
