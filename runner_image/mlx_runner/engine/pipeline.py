@@ -47,6 +47,11 @@ def span(total: int, rank: int, world_size: int) -> Span:
         raise EngineError(Reason.MODEL_UNSUPPORTED, str(error)) from error
 
 
+def largest(total: int, world_size: int) -> int:
+    """The most layers that any rank has; see `span`."""
+    return max(part.end - part.start for part in split(total, world_size))
+
+
 def architecture(model_class: type) -> str:
     """Module of mlx_lm.models that implements a model (after mlx-lm's own remapping)."""
     for base in model_class.__mro__:

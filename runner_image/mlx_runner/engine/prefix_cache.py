@@ -10,6 +10,19 @@ from dataclasses import dataclass
 
 MIN_POSITIONS = 16
 """Less is not worth an entry, nor a copy: a forward pass costs as much as about twenty positions."""
+_MIB = 1024 * 1024
+_DEFAULT_PART = 16
+_DEFAULT_BYTES = 256 * _MIB
+_DEFAULT_MOST_BYTES = 1024 * _MIB
+
+
+def budget(asked: int | None, memory_limit: int | None) -> int:
+    """Bytes of each rank for entries: what the spec says (0: none), or a part of the container's memory limit."""
+    if asked is not None:
+        return asked
+    if memory_limit is None:
+        return _DEFAULT_BYTES
+    return min(memory_limit // _DEFAULT_PART, _DEFAULT_MOST_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +59,7 @@ class PrefixCache:
         return self._positions
 
     def resize(self, capacity: int) -> None:
-        """Set the capacity, before the first entry."""
+        """Set the capacity, before the first entry: it follows from the size of a position, which a warm-up shows."""
         self._capacity = capacity
 
     def find(self, prompt: Sequence[int]) -> Hit | None:

@@ -84,7 +84,7 @@ class Emission:
     token: int | None = None
     finish: FinishReason | None = None
     cached: int = 0
-    """With `finish`: tokens of the prompt that were not computed again."""
+    """Tokens of the prompt that came from the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class Scheduler:
             row.answer.append(token)
             finish = self._finish(row, token)
             row.done = finish is not None
-            emissions.append(Emission(row.uid, token, finish, row.cached if row.done else 0))
+            emissions.append(Emission(row.uid, token, finish, row.cached))
         state.next = list(tokens)
         return emissions
 

@@ -10,7 +10,7 @@ from mlx_runner import channel
 from mlx_runner.progress import Phase, Progress
 
 from . import load as loading
-from . import ring
+from . import pipeline, ring
 from .events import Events
 from .failures import Ending
 from .forward import Compute, Executor, PipelineStage, WholeModel
@@ -18,6 +18,7 @@ from .group import Former, Group
 from .hidden import HiddenIn, HiddenOut
 from .leader import Leader
 from .pipeline import Stage
+from .prefix_cache import budget
 from .requests import Limits, Requests
 from .scheduler import Emission, Scheduler
 from .text import load_tokenizer
@@ -170,13 +171,15 @@ class LeaderServer:
         self._ending = process.ending
         pipelined = command.sharding is Sharding.PIPELINE and group is not None
         ahead, lanes = (_FRAMES_AHEAD, _PIPELINE_LANES) if pipelined else (1, 1)
+        scheduler = Scheduler(command.max_concurrent_requests, tokenizer.eos, lanes=lanes, ahead=ahead)
+        reuse = _Reuse(shard, command, executor, scheduler, process)
         self._leader = Leader(
             executor,
-            Scheduler(command.max_concurrent_requests, tokenizer.eos, lanes=lanes, ahead=ahead),
+            scheduler,
             group,
             progress=process.progress,
             emit=self._emit,
-            warmed_up=process.warmed_up,
+            warmed_up=reuse.start,
             ahead=ahead,
         )
         self._requests = Requests(tokenizer, limits, self._leader.put, process.events.send)
@@ -200,3 +203,42 @@ class LeaderServer:
     def run(self) -> None:
         """Serve until a goodbye."""
         self._leader.run()
+
+
+class _Reuse:
+    """Turns the prefix cache on, once the warm-up has shown what a position takes."""
+
+    def __init__(
+        self,
+        shard: loading.Shard,
+        command: channel.Load,
+        executor: Executor,
+        scheduler: Scheduler,
+        process: Process,
+    ) -> None:
+        self._shard = shard
+        self._command = command
+        self._executor = executor
+        self._scheduler = scheduler
+        self._process = process
+
+    def start(self) -> None:
+        """The warm-up is done: what prompts have in common is reused from now on, where that is possible."""
+        size = budget(self._command.prompt_cache_bytes, self._command.memory_limit_bytes)
+        if size == 0:
+            self._process.events.notice("prompts are not reused: promptCacheBytes is 0")
+        elif not self._executor.reusable:
+            self._process.events.notice("prompts are not reused: layers of this model keep a window or a state")
+        else:
+            capacity = size // self._largest_position()
+            self._scheduler.prefixes.resize(capacity)
+            self._process.events.notice(f"prompts are reused: up to {capacity} tokens in {size} bytes on each rank")
+        self._process.warmed_up()
+
+    def _largest_position(self) -> int:
+        """Bytes of one position on the rank that holds most: the smallest room decides for all."""
+        here = self._executor.position_bytes
+        span, ranks = self._shard.span, self._command.world_size
+        if ranks == 1 or self._command.sharding is Sharding.TENSOR:
+            return here
+        return -(-here * pipeline.largest(span.total, ranks) // (span.end - span.start))
