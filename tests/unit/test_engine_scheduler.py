@@ -366,8 +366,9 @@ def test_a_long_prompt_delays_each_stream_by_one_chunk_at_a_time(rows: int) -> N
     assert len(chunks) == 5
 
 
-def test_a_late_short_request_joins_at_the_next_frame_beside_a_long_prompt() -> None:
-    group = two_lanes(4)
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_a_late_short_request_joins_at_the_next_frame_beside_a_long_prompt(rows: int) -> None:
+    group = two_lanes(rows)
     group.scheduler.submit(Row(50, tuple(i % VOCABULARY for i in range(9 * CHUNK_TOKENS)), 1))
     for _ in range(3):
         group.turn()
