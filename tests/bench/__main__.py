@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,8 @@ def _machine() -> str:
 
 def main() -> None:
     """Measure, then print one table for each shape."""
+    # Whatever ends this process, the servers end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     arguments = _arguments()
     plan, started, machine = _plan(arguments), time.monotonic(), _machine()
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as directory:

@@ -1,9 +1,10 @@
 """The prefix cache against a plain list of what it holds."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_runner.engine.prefix_cache import MIN_POSITIONS, PrefixCache
+from mlx_runner.engine.prefix_cache import MIN_POSITIONS, PrefixCache, budget
 
 M = MIN_POSITIONS
 
@@ -81,3 +82,21 @@ def test_nothing_is_kept_without_room_or_for_too_little() -> None:
     assert cache.remember(tokens(0, M - 1)) is None
     cache.remember(tokens(0, 40))
     assert cache.find(tokens(0, M)) is None, "one token less than is worth it can be reused"
+
+
+GIB = 1024**3
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit", "expected"),
+    [
+        (0, GIB, 0),
+        (5, GIB, 5),
+        (2 * GIB, None, 2 * GIB),
+        (None, GIB // 2, GIB // 32),
+        (None, 64 * GIB, GIB),
+        (None, None, GIB // 4),
+    ],
+)
+def test_without_a_size_a_part_of_the_memory_limit_is_used(asked: int | None, limit: int | None, expected: int) -> None:
+    assert budget(asked, limit) == expected

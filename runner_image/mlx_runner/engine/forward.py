@@ -100,6 +100,8 @@ class Executor:
     """The caches of this rank and the operations on them. `step` of a frame returns logits on rank 0."""
 
     def __init__(self, compute: Compute) -> None:
+        self.reusable = all(type(layer) is KVCache for layer in compute.make_cache())
+        """Whether a part of a cache can be copied: not where a layer keeps a window or a state."""
         self._compute = compute
         self._lanes: dict[int, _Lane] = {}
         self._prefilling: dict[int, list[Any]] = {}
@@ -110,11 +112,6 @@ class Executor:
     def busy(self) -> bool:
         """Whether any sequence is under way."""
         return any(lane.rows for lane in self._lanes.values()) or bool(self._prefilling)
-
-    @property
-    def reusable(self) -> bool:
-        """Whether a part of a cache can be copied: not where a layer keeps a window or a state."""
-        return all(type(layer) is KVCache for layer in self._compute.make_cache())
 
     @property
     def position_bytes(self) -> int:
