@@ -8,7 +8,7 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
 export PATH := $(or $(MLX_OPERATOR_CACHE),$(HOME)/.cache/mlx-operator)/go/bin:/usr/sbin:/sbin:$(PATH)
 
-.PHONY: help setup setup-cluster lint format test test-unit test-runner test-apiserver test-node demo demo-down generate \
+.PHONY: help setup setup-cluster bench-serving lint format test test-unit test-runner test-apiserver test-node demo demo-down generate \
   cluster-up cluster-down images
 
 help: ## This text
@@ -52,6 +52,9 @@ test-apiserver: setup-cluster ## Real etcd and kube-apiserver on loopback
 	$(PYTEST) tests/apiserver -q
 test-node: images ## Real containerd and kubelet: two nodes
 	$(PYTEST) tests/node -q
+
+bench-serving: setup ## Speed beside mlx_lm.server on the same weights (about 6 min; ARGS="--quick --shapes pipeline")
+	@$(PY) -m tests.bench $(ARGS)
 
 generate: setup ## crds/, charts and docs from the models
 	@$(PY) -m docs.generate

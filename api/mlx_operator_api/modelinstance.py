@@ -224,11 +224,10 @@ class Serving(Lenient):
     """Upper bound, and default, of max_tokens of one request. Default: what fits into the context."""
     context_length: Annotated[int | None, Field(ge=1, le=100_000_000)] = None
     """Tokens of prompt and answer together. Default: the model's own."""
-    prompt_cache_bytes: Annotated[
-        int | None,
-        Field(ge=0, json_schema_extra={"format": "int64", **_refused("remove it, no memory is kept for prompts")}),
-    ] = None
-    """Memory for reusing prompts. Not supported by this release."""
+    prompt_cache_bytes: Annotated[int | None, Field(ge=0, json_schema_extra={"format": "int64"})] = None
+    """Memory of each runner for the keys and values of finished requests, so that a prompt that begins like one of them
+    is computed only from where they differ; 0 turns it off. Default: a sixteenth of the runner's memory limit, at most
+    1 GiB; 256 MiB without a limit."""
     api_key_secret_ref: Annotated[
         LocalReference | None,
         Field(json_schema_extra=_refused("remove it and keep the Service behind a NetworkPolicy or gateway")),
@@ -243,6 +242,7 @@ class Serving(Lenient):
             max_queue=default.max_queue if self.max_queue is None else self.max_queue,
             max_tokens=self.max_tokens,
             context_length=self.context_length,
+            prompt_cache_bytes=self.prompt_cache_bytes,
         )
 
 

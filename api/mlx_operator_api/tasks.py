@@ -49,6 +49,7 @@ class ServingOptions(Lenient):
     max_queue: int = 64
     max_tokens: int | None = None
     context_length: int | None = None
+    prompt_cache_bytes: int | None = None
 
 
 class DeadlineSeconds(Lenient):

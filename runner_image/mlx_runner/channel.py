@@ -60,6 +60,8 @@ class Load(Lenient):
     max_concurrent_requests: int
     max_tokens: int | None = None
     context_length: int | None = None
+    prompt_cache_bytes: int | None = None
+    """For reusing prompts; None: the engine's default."""
     memory_limit_bytes: int | None = None
     """Of this rank's container."""
     spare_bytes: int = 0
@@ -196,6 +198,8 @@ class Finished(Lenient):
     finish_reason: Literal["stop", "length", "cancelled"]
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Of the prompt: taken from the prefix cache instead of being computed."""
 
 
 class Failure(Lenient):

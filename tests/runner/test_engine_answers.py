@@ -71,7 +71,7 @@ def test_layers_with_a_sliding_window_answer_as_in_one_process(tmp_path: Path) -
 
 def test_a_long_prompt_does_not_stop_the_answers_that_are_under_way(pipeline: Ranks) -> None:
     leader = pipeline[0]
-    long = PROMPTS[LONG] * 2  # six chunks
+    long = PROMPTS[LONG][::-1] * 2  # six chunks, none of them known from another test
     leader.send(generate("running", PROMPTS[0], 200))
     leader.expect(channel.Delta, where=lambda event: event.id == "running")
     seen = len(leader.answers["running"].tokens)

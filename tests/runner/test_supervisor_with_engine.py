@@ -13,7 +13,7 @@ import pytest
 from mlx_operator_api import names
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.runner import RunnerState
-from mlx_operator_api.tasks import Sharding
+from mlx_operator_api.tasks import ServingOptions, Sharding
 
 from . import tiny_models
 from .supervisors import PATIENCE, Group, group
@@ -115,6 +115,21 @@ async def test_a_chat_goes_through_the_template_of_the_model(pair: Group) -> Non
         )
         text = "".join([p.choices[0].delta.content or "" async for p in parts])
         assert text == answer.choices[0].message.content, "the same seed, the same answer"
+
+
+async def test_what_a_prompt_shares_with_an_earlier_one_is_counted_as_cached(pair: Group) -> None:
+    pair.serving = ServingOptions(prompt_cache_bytes=1024 * 1024)
+    await pair.ready()
+    async with openai.AsyncOpenAI(base_url=pair.base_url, api_key="x", max_retries=0, timeout=PATIENCE) as ai:
+        usages = []
+        for _ in range(2):
+            answer = await ai.completions.create(model="tiny", prompt=QUESTION * 9, max_tokens=3, temperature=0)
+            assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+            usages.append((answer.usage.prompt_tokens, answer.usage.prompt_tokens_details.cached_tokens))
+    (asked, before), again = usages
+    assert before == 0
+    assert again == (asked, asked - 1), "only the last token is computed again"
+    assert "prompts are reused" in pair.pods[0].log
 
 
 async def test_an_engine_killed_while_it_answers_breaks_the_stream_honestly(pair: Group) -> None:

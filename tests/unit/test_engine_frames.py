@@ -25,10 +25,13 @@ operations = st.one_of(
     st.builds(frames.WarmedUp),
     st.builds(frames.ClearCache),
     st.builds(frames.Goodbye),
+    st.builds(frames.Take, numbers, numbers, numbers),
+    st.builds(frames.Save, numbers, numbers),
+    st.builds(frames.Forget, numbers),
 )
 
 
-@given(st.builds(Frame, numbers, numbers, st.lists(operations, max_size=4).map(tuple)))
+@given(st.builds(Frame, numbers, numbers, st.lists(operations, max_size=4).map(tuple), numbers))
 def test_a_frame_comes_out_as_it_went_in(frame: Frame) -> None:
     assert frames.decode(frames.encode(frame)) == frame
 
@@ -42,15 +45,19 @@ def test_a_frame_comes_out_as_it_went_in(frame: Frame) -> None:
         [],
         [1, 2],
         [1, 2, 3],
-        [1, 2, [[99]]],
-        [1, 2, [[5]]],
-        [1, 2, [[5, [1.5]]]],
-        [1, 2, [[5, ["a"]]]],
-        [1, 2, [[5, [True]]]],
-        [1, 2, [[5, [[1]]]]],
-        [1, 2, [[0, [1, 2], [[3]]]]],
-        [1, 2, [{"a": 1}]],
-        [1, 2, [[5, [[[[[[1]]]]]]]]],
+        [1, 2, []],
+        [1, 2, 0, 3],
+        [1, 2, "0", []],
+        [1, 2, 0, [[99]]],
+        [1, 2, 0, [[5]]],
+        [1, 2, 0, [[5, [1.5]]]],
+        [1, 2, 0, [[5, ["a"]]]],
+        [1, 2, 0, [[5, [True]]]],
+        [1, 2, 0, [[5, [[1]]]]],
+        [1, 2, 0, [[0, [1, 2], [[3]]]]],
+        [1, 2, 0, [[9, 1, 2]]],
+        [1, 2, 0, [{"a": 1}]],
+        [1, 2, 0, [[5, [[[[[[1]]]]]]]]],
         {"epoch": 1},
     ],
 )

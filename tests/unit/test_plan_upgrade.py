@@ -72,7 +72,7 @@ def test_a_field_or_a_default_that_a_later_release_brings_changes_no_hash(
     [
         ({"deadlines": {"load": "60s"}}, {"deadlines": {"load": "1m"}}),
         ({"deadlines": {"schedule": "1m"}}, {"deadlines": {"pull": "2m"}}),
-        ({"serving": {}}, {"serving": {"promptCacheBytes": 1}}),
+        ({"serving": {}}, {}),
         ({"runners": 1, "sharding": "Tensor"}, {}),
         ({"sharding": "Pipeline", "runners": 2}, {"runners": 2}),
     ],

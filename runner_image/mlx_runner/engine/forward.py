@@ -1,16 +1,18 @@
 """Running the operations of a frame on this rank's part of the model.
 
-`Executor` keeps the caches: one lane of rows that decode together, and the cache of a long prompt that is being
-prefilled. What differs between ranks and shardings is behind `Compute`.
+`Executor` keeps the caches: lanes of rows that decode together, the cache of a long prompt that is being prefilled, and
+the entries of the prefix cache. What differs between ranks and shardings is behind `Compute`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from . import frames
+from .frames import Frame
 from .hidden import HiddenIn, HiddenOut
 from .pipeline import Stage
 
@@ -86,49 +88,81 @@ class PipelineStage:
         return None
 
 
+@dataclass(slots=True)
+class _Lane:
+    """Rows that decode together: their caches as one batch, layer by layer."""
+
+    rows: int = 0
+    cache: list[Any] = field(default_factory=list)
+
+
 class Executor:
     """The caches of this rank and the operations on them. `step` of a frame returns logits on rank 0."""
 
     def __init__(self, compute: Compute) -> None:
+        self.reusable = all(type(layer) is KVCache for layer in compute.make_cache())
+        """Whether a part of a cache can be copied: not where a layer keeps a window or a state."""
         self._compute = compute
-        self._rows = 0
-        self._lane: list[Any] = []
+        self._lanes: dict[int, _Lane] = {}
         self._prefilling: dict[int, list[Any]] = {}
+        self._entries: dict[int, list[Any]] = {}
+        self._position_bytes = 0
 
     @property
     def busy(self) -> bool:
         """Whether any sequence is under way."""
-        return self._rows > 0 or bool(self._prefilling)
+        return any(lane.rows for lane in self._lanes.values()) or bool(self._prefilling)
 
-    def run(self, operations: Sequence[frames.Operation]) -> Any | None:
+    @property
+    def position_bytes(self) -> int:
+        """Bytes that one position of one sequence takes on this rank; 0 before the first sequence."""
+        return self._position_bytes
+
+    def run(self, frame: Frame) -> Any | None:
         """Do all operations of a frame, in order; the logits of its step, on rank 0."""
+        lane = self._lanes.setdefault(frame.lane, _Lane())
         logits = None
-        for operation in operations:
+        for operation in frame.operations:
             match operation:
-                case frames.PrefillBatch(_, prompts):
-                    self._prefill_batch(prompts)
+                case frames.PrefillBatch(uids, prompts):
+                    self._prefill_batch(lane, uids, prompts)
                 case frames.PrefillChunk(uid, tokens):
                     cache = self._prefilling.setdefault(uid, self._compute.make_cache())
                     self._compute.prefill([tokens], cache)
                 case frames.Join(uid):
-                    self._join(merge([self._prefilling.pop(uid)]), 1)
+                    self._join(lane, merge([self._prefilling.pop(uid)]), 1)
                 case frames.Keep(rows):
-                    self._keep(rows)
+                    _keep(lane, rows)
                 case frames.Drop(uid):
                     self._prefilling.pop(uid, None)
                 case frames.Step(tokens):
-                    logits = self._compute.step(tokens, self._lane)
-                case frames.ClearCache():
-                    mx.clear_cache()
+                    logits = self._compute.step(tokens, lane.cache)
                 case _:
-                    pass  # not about caches
+                    self._reuse(lane, operation)
         return logits
 
-    def _prefill_batch(self, prompts: Sequence[Sequence[int]]) -> None:
+    def _reuse(self, lane: _Lane, operation: frames.Operation) -> None:
+        match operation:
+            case frames.Take(uid, entry, positions):
+                self._prefilling[uid] = [beginning(layer, positions) for layer in self._entries[entry]]
+            case frames.Save(row, entry):
+                copy = [layer.extract(row) for layer in lane.cache]
+                # Now: a copy that waits would keep the whole lane in memory.
+                mx.eval([layer.state for layer in copy])
+                self._entries[entry] = copy
+            case frames.Forget(entry):
+                del self._entries[entry]
+            case frames.ClearCache():
+                mx.clear_cache()
+            case _:
+                pass  # not about caches
+
+    def _prefill_batch(self, lane: _Lane, uids: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         lengths = [len(prompt) - 1 for prompt in prompts]
         longest = max(lengths)
         padding = [longest - length for length in lengths]
-        cache = merge([self._compute.make_cache() for _ in prompts])
+        begun = [self._prefilling.pop(uid) if uid in self._prefilling else self._compute.make_cache() for uid in uids]
+        cache = merge(begun)
         if max(padding):
             for layer in cache:
                 layer.prepare(lengths=lengths, right_padding=padding)
@@ -138,29 +172,47 @@ class Executor:
         if max(padding):
             for layer in cache:
                 layer.finalize()
-        self._join(cache, len(prompts))
+        self._join(lane, cache, len(prompts))
 
-    def _join(self, cache: list[Any], rows: int) -> None:
-        if self._rows:
-            for ours, theirs in zip(self._lane, cache, strict=True):
+    def _join(self, lane: _Lane, cache: list[Any], rows: int) -> None:
+        if not self._position_bytes and self.reusable:
+            self._position_bytes = sum(_position_bytes(layer) for layer in cache)
+        if lane.rows:
+            for ours, theirs in zip(lane.cache, cache, strict=True):
                 ours.extend(theirs)
         else:
-            self._lane = cache
-        self._rows += rows
+            lane.cache = cache
+        lane.rows += rows
 
-    def _keep(self, rows: Sequence[int]) -> None:
-        self._rows = len(rows)
-        if not rows:
-            self._lane = []
-            return
-        kept = _integers(rows)
-        for layer in self._lane:
-            layer.filter(kept)
+
+def _keep(lane: _Lane, rows: Sequence[int]) -> None:
+    lane.rows = len(rows)
+    if not rows:
+        lane.cache = []
+        return
+    kept = _integers(rows)
+    for layer in lane.cache:
+        layer.filter(kept)
 
 
 def merge(caches: list[list[Any]]) -> list[Any]:
     """Caches of several sequences as one batch, layer by layer."""
     return [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
+
+
+def beginning(cache: Any, positions: int) -> Any:
+    """The first positions of a cache of one sequence, as a cache that can grow: it copies itself when it does."""
+    part = KVCache()
+    part.keys = cache.keys[..., :positions, :]
+    part.values = cache.values[..., :positions, :]
+    part.offset = positions
+    return part
+
+
+def _position_bytes(cache: Any) -> int:
+    """Of one layer's cache of a batch; arrays (rows, heads, positions, size)."""
+    arrays = [] if cache.keys is None else [cache.keys, cache.values]
+    return sum(array.nbytes // (array.shape[0] * array.shape[2]) for array in arrays)
 
 
 def _integers(values: Sequence[int] | Sequence[Sequence[int]]) -> mx.array:

@@ -1,7 +1,7 @@
 """Frames: what rank 0 tells every other rank to compute next.
 
-A frame is one msgpack array of integers and arrays of integers: `[epoch, sequence, [operation, …]]`, each operation
-`[code, …]`. Nothing else is ever decoded from the network; sizes are bounded; sequence numbers have no gaps.
+A frame is one msgpack array of integers and arrays of integers: `[epoch, sequence, lane, [operation, …]]`, each
+operation `[code, …]`. Nothing else is ever decoded from the network; sizes are bounded; sequence numbers have no gaps.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class FrameError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PrefillBatch:
-    """Prefill short prompts together (all but the last token of each, padded right); their rows join the lane."""
+    """Prefill what is left of short prompts together (all but the last token, padded right); they join the lane."""
 
     uids: tuple[int, ...]
     prompts: tuple[tuple[int, ...], ...]
@@ -64,6 +64,30 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Take:
+    """Begin the cache of a prompt with the first positions of an entry of the prefix cache."""
+
+    uid: int
+    entry: int
+    positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Copy the cache of a row of the lane into an entry of the prefix cache."""
+
+    row: int
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Free an entry of the prefix cache."""
+
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
 class WarmedUp:
     """Rank 0's warm-up is done."""
 
@@ -78,7 +102,9 @@ class Goodbye:
     """The group ends in good order. Answered on the same connection by `GOODBYE_ANSWER`."""
 
 
-Operation = PrefillBatch | PrefillChunk | Join | Keep | Drop | Step | WarmedUp | ClearCache | Goodbye
+Operation = (
+    PrefillBatch | PrefillChunk | Join | Keep | Drop | Step | WarmedUp | ClearCache | Goodbye | Take | Save | Forget
+)
 
 GOODBYE_ANSWER = b"bye"
 
@@ -92,16 +118,20 @@ _CODES: tuple[type[Operation], ...] = (
     WarmedUp,
     ClearCache,
     Goodbye,
+    Take,
+    Save,
+    Forget,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One turn of the group."""
+    """One turn of the group: what happens to one lane of rows that decode together."""
 
     epoch: int
     sequence: int
     operations: tuple[Operation, ...]
+    lane: int = 0
 
     @property
     def step(self) -> Step | None:
@@ -120,7 +150,7 @@ def encode(frame: Frame) -> bytes:
     for operation in frame.operations:
         fields = [getattr(operation, name) for name in operation.__slots__]
         operations.append([_CODES.index(type(operation)), *fields])
-    raw: bytes = msgpack.packb([frame.epoch, frame.sequence, operations])
+    raw: bytes = msgpack.packb([frame.epoch, frame.sequence, frame.lane, operations])
     if len(raw) > MAX_BYTES:
         raise FrameError(f"a frame of {len(raw)} bytes is larger than {MAX_BYTES}")
     return raw
@@ -138,8 +168,8 @@ def decode(raw: bytes | bytearray) -> Frame:
         raise FrameError(f"undecodable frame of {len(raw)} bytes: {error}") from error
     _only_integers(value)
     match value:
-        case (int(epoch), int(sequence), tuple(operations)):
-            return Frame(epoch, sequence, tuple(_operation(operation) for operation in operations))
+        case (int(epoch), int(sequence), int(lane), tuple(operations)):
+            return Frame(epoch, sequence, tuple(_operation(operation) for operation in operations), lane)
     raise FrameError(f"no frame: {str(value)[:80]}")
 
 
@@ -171,6 +201,12 @@ def _operation(value: Any) -> Operation:
             return ClearCache()
         case (8,):
             return Goodbye()
+        case (9, int(uid), int(entry), int(positions)):
+            return Take(uid, entry, positions)
+        case (10, int(row), int(entry)):
+            return Save(row, entry)
+        case (11, int(entry)):
+            return Forget(entry)
     raise FrameError(f"no operation: {str(value)[:80]}")
 
 

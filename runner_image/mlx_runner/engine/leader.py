@@ -1,6 +1,7 @@
 """Rank 0: decides every turn of the group, sends it to the other ranks, and computes its own part.
 
 A frame is sent before this rank computes its own part: the first stage of a pipeline then works at the same time.
+With two lanes the frame of the one is sent before this rank computes that of the other: both stages have work.
 """
 
 import queue
@@ -87,20 +88,20 @@ class Leader:
             case CancelRow(uid):
                 self._give(self._scheduler.cancel(uid))
             case Warmup():
-                self._scheduler.submit(Row(_WARM_UP_UID, _WARM_UP_PROMPT, _WARM_UP_TOKENS, ignore_eos=True))
+                self._scheduler.submit(_warm_up())
             case Goodbye():
                 self._goodbye = True
 
     def _plan(self) -> None:
         while len(self._planned) < self._ahead:
-            operations = self._scheduler.plan()
-            if not operations:
+            turn = self._scheduler.plan()
+            if turn is None:
                 return
-            self._planned.append(self._send(*operations))
+            self._planned.append(self._send(*turn.operations, lane=turn.lane))
 
-    def _send(self, *operations: frames.Operation) -> Frame:
+    def _send(self, *operations: frames.Operation, lane: int = 0) -> Frame:
         self._sequence += 1
-        frame = Frame(self._epoch, self._sequence, operations)
+        frame = Frame(self._epoch, self._sequence, operations, lane)
         if self._workers:
             raw = frames.encode(frame)
             for worker in self._workers:
@@ -110,13 +111,13 @@ class Leader:
     def _turn(self, frame: Frame) -> None:
         self._cleared = False
         self._progress.write(Phase.COMPUTING)
-        logits = self._executor.run(frame.operations)
+        logits = self._executor.run(frame)
         if frame.step is None or logits is None:
             self._progress.write(Phase.COMPUTING, steps=1)
             return
-        tokens = sample(logits, self._scheduler.choices)
+        tokens = sample(logits, [row.choice for row in self._scheduler.rows(frame.lane)])
         self._progress.write(Phase.COMPUTING, steps=1, tokens=len(tokens))
-        self._give(self._scheduler.take(tokens))
+        self._give(self._scheduler.take(frame.lane, tokens))
 
     def _give(self, emissions: list[Emission]) -> None:
         for emission in emissions:
@@ -132,7 +133,7 @@ class Leader:
             try:
                 self._take(self._inbox.get(timeout=_CLEAR_AFTER_SECONDS))
             except queue.Empty:
-                self._executor.run(self._send(frames.ClearCache()).operations)
+                self._executor.run(self._send(frames.ClearCache()))
                 self._cleared = True
             return
         self._take(self._inbox.get())
@@ -142,3 +143,7 @@ class Leader:
         deadline = time.monotonic() + _GOODBYE_SECONDS
         for worker in self._workers:
             worker.wait_answer(max(0.0, deadline - time.monotonic()))
+
+
+def _warm_up() -> Row:
+    return Row(_WARM_UP_UID, _WARM_UP_PROMPT, _WARM_UP_TOKENS, ignore_eos=True, remember=False)

@@ -20,7 +20,7 @@ from mlx_operator_api.layers import Span
 from mlx_operator_api.tasks import Sharding
 from mlx_runner.channel import LayerLoaded, Load, Loaded
 
-from . import adapters, anatomy, imports, memory, pipeline, weights
+from . import adapters, anatomy, imports, memory, pipeline, prefix_cache, weights
 from .failures import EngineError
 
 _DEFAULT_CONTEXT = 4096
@@ -38,6 +38,7 @@ class Shard:
     span: Span
     loaded: Loaded
     budget: memory.Budget
+    prompt_cache_bytes: int
     stage: pipeline.Stage | None = None
 
     @property
@@ -92,7 +93,8 @@ def load(command: Load, group: Any, tell: Callable[[LayerLoaded], None]) -> Shar
     if group is not None:
         _shard(model, group)
     stage = pipeline.Stage(model, draft.found, draft.span) if draft.pipelined and draft.found else None
-    budget = _budget(model, config, draft, largest)
+    reuse = prefix_cache.budget(command.prompt_cache_bytes, _limits(command))
+    budget = _budget(model, config, draft, largest, reuse)
     if budget.tokens is not None and command.rank == 0:
         notes.append(f"memory for {budget.tokens} tokens in work at once, {budget.context} in one request")
     if budget.rows < command.max_concurrent_requests:
@@ -105,7 +107,12 @@ def load(command: Load, group: Any, tell: Callable[[LayerLoaded], None]) -> Shar
         bytes=_bytes(model),
         note="; ".join(note for note in notes if note) or None,
     )
-    return Shard(model, config, draft.span, loaded, budget, stage)
+    return Shard(model, config, draft.span, loaded, budget, reuse, stage)
+
+
+def _limits(command: Load) -> Sequence[int | None]:
+    """Memory limits of all ranks, by rank."""
+    return command.memory_limits or (command.memory_limit_bytes,) * command.world_size
 
 
 def _bytes(module: Any) -> int:
@@ -284,14 +291,13 @@ def _shard(model: Any, group: Any) -> None:
         raise EngineError(Reason.MODEL_UNSUPPORTED, message) from error
 
 
-def _budget(model: Any, config: dict[str, Any], draft: _Draft, largest: int) -> memory.Budget:
+def _budget(model: Any, config: dict[str, Any], draft: _Draft, largest: int, reuse: int) -> memory.Budget:
     """What is left for requests.
 
     Raises:
         EngineError: too little, with the sum.
     """
     command, own = draft.command, _bytes(model)
-    limits = command.memory_limits or (command.memory_limit_bytes,) * command.world_size
     if draft.found is not None:
         # Before it is read a model's arrays are float32; on a GPU they keep the type of the files.
         width = _width(model)
@@ -303,11 +309,11 @@ def _budget(model: Any, config: dict[str, Any], draft: _Draft, largest: int) -> 
         measured, together = pipeline.measure(model)
         caches = [measured] * command.world_size
         sizes = [own] * command.world_size
-    ranks = [memory.Rank(*facts) for facts in zip(sizes, [largest] * len(sizes), caches, limits, strict=True)]
+    ranks = [memory.Rank(*facts) for facts in zip(sizes, [largest] * len(sizes), caches, _limits(command), strict=True)]
     this = memory.Rank(own, largest, caches[command.rank], command.memory_limit_bytes)
     rows = command.max_concurrent_requests if together else 1
     wish = memory.Wish(command.context_length, rows, _model_context(config))
-    sums = memory.Sum(memory.Shape.of(config), memory.resident_bytes() + command.spare_bytes)
+    sums = memory.Sum(memory.Shape.of(config), memory.resident_bytes() + command.spare_bytes, reuse)
     return sums.budget(this, [rank for number, rank in enumerate(ranks) if number != command.rank], wish)
 
 

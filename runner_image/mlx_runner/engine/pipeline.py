@@ -38,6 +38,11 @@ def spans(total: int, world_size: int, memory_limits: Sequence[int | None] = ())
         raise EngineError(Reason.MODEL_UNSUPPORTED, str(error)) from error
 
 
+def largest(total: int, world_size: int, memory_limits: Sequence[int | None] = ()) -> int:
+    """The most layers that any rank has; see `spans`."""
+    return max(part.end - part.start for part in split(total, world_size, memory_limits))
+
+
 def architecture(model_class: type) -> str:
     """Module of mlx_lm.models that implements a model (after mlx-lm's own remapping)."""
     for base in model_class.__mro__:

@@ -148,7 +148,7 @@ class Requests:
         if stopped:
             self._submit(CancelRow(emission.uid))
         if stopped or emission.finish is not None:
-            self._finish(emission.uid, answer, "stop" if stopped else emission.finish or "stop")
+            self._finish(emission, answer, "stop" if stopped else emission.finish or "stop")
 
     def _token(self, answer: _Answer, token: int, *, last: bool) -> bool:
         """Give out the text of a token; whether a stop string came."""
@@ -163,13 +163,14 @@ class Requests:
         self._say(Delta(id=answer.id, text=text, tokens=(token,)))
         return stopped
 
-    def _finish(self, uid: int, answer: _Answer, reason: Literal["stop", "length", "cancelled"]) -> None:
-        del self._answers[uid]
+    def _finish(self, last: Emission, answer: _Answer, reason: Literal["stop", "length", "cancelled"]) -> None:
+        del self._answers[last.uid]
         self._say(
             Finished(
                 id=answer.id,
                 finish_reason=reason,
                 prompt_tokens=answer.prompt_tokens,
                 completion_tokens=answer.tokens,
+                cached_tokens=last.cached,
             )
         )

@@ -10,7 +10,7 @@ from mlx_runner import channel
 from mlx_runner.progress import Phase, Progress
 
 from . import load as loading
-from . import ring
+from . import pipeline, ring
 from .events import Events
 from .failures import Ending
 from .forward import Compute, Executor, PipelineStage, WholeModel
@@ -22,8 +22,10 @@ from .scheduler import Emission, Scheduler
 from .text import load_tokenizer
 from .worker import WarmUpGate, Worker
 
-_FRAMES_AHEAD = 3
-"""In a pipeline the stages prefill several chunks of a long prompt at the same time."""
+_FRAMES_AHEAD = 4
+"""In a pipeline the stages prefill several batches, or chunks of a long prompt, at the same time."""
+_PIPELINE_LANES = 2
+"""Tensor ranks compute everything together, and a rank alone has nobody to wait for: one lane each."""
 _WORKER_GOODBYE_SECONDS = 0.8
 """A worker that is sent home waits this long for rank 0's own goodbye, which ends the whole group in good order."""
 
@@ -165,14 +167,20 @@ class LeaderServer:
             process.events.notice(f"{asked}: answers beyond it may be nonsense", warning=True)
         self.loaded = shard.loaded
         self._ending = process.ending
+        pipelined = command.sharding is Sharding.PIPELINE and group is not None
+        ahead, lanes = (_FRAMES_AHEAD, _PIPELINE_LANES) if pipelined else (1, 1)
+        scheduler = Scheduler(
+            shard.budget.rows, tokenizer.eos, lanes=lanes, ahead=ahead, max_tokens=shard.budget.tokens
+        )
+        reuse = _Reuse(shard, command, executor, scheduler, process)
         self._leader = Leader(
             executor,
-            Scheduler(shard.budget.rows, tokenizer.eos, max_tokens=shard.budget.tokens),
+            scheduler,
             group,
             progress=process.progress,
             emit=self._emit,
-            warmed_up=process.warmed_up,
-            ahead=_FRAMES_AHEAD if command.sharding is Sharding.PIPELINE and group else 1,
+            warmed_up=reuse.start,
+            ahead=ahead,
         )
         self._requests = Requests(tokenizer, limits, self._leader.put, process.events.send)
         self._requests.start()
@@ -195,3 +203,42 @@ class LeaderServer:
     def run(self) -> None:
         """Serve until a goodbye."""
         self._leader.run()
+
+
+class _Reuse:
+    """Turns the prefix cache on, once the warm-up has shown what a position takes."""
+
+    def __init__(
+        self,
+        shard: loading.Shard,
+        command: channel.Load,
+        executor: Executor,
+        scheduler: Scheduler,
+        process: Process,
+    ) -> None:
+        self._shard = shard
+        self._command = command
+        self._executor = executor
+        self._scheduler = scheduler
+        self._process = process
+
+    def start(self) -> None:
+        """The warm-up is done: what prompts have in common is reused from now on, where that is possible."""
+        size = self._shard.prompt_cache_bytes
+        if size == 0:
+            self._process.events.notice("prompts are not reused: promptCacheBytes is 0")
+        elif not self._executor.reusable:
+            self._process.events.notice("prompts are not reused: layers of this model keep a window or a state")
+        else:
+            capacity = size // self._largest_position()
+            self._scheduler.prefixes.resize(capacity)
+            self._process.events.notice(f"prompts are reused: up to {capacity} tokens in {size} bytes on each rank")
+        self._process.warmed_up()
+
+    def _largest_position(self) -> int:
+        """Bytes of one position on the rank that holds most: the smallest room decides for all."""
+        here = self._executor.position_bytes
+        span, ranks = self._shard.span, self._command.world_size
+        if ranks == 1 or self._command.sharding is Sharding.TENSOR:
+            return here
+        return -(-here * pipeline.largest(span.total, ranks, self._command.memory_limits) // (span.end - span.start))

@@ -103,7 +103,7 @@ class Worker:
                 raise frame
             self._check(frame)
             self._progress.write(Phase.COMPUTING)
-            executor.run(frame.operations)
+            executor.run(frame)
             tokens = len(frame.step.tokens) if frame.step else 0
             self._progress.write(Phase.COMPUTING, steps=1, tokens=tokens)
             if any(isinstance(operation, frames.WarmedUp) for operation in frame.operations):

@@ -119,6 +119,7 @@ class Runner:
                 max_concurrent_requests=serving.max_concurrent_requests,
                 max_tokens=serving.max_tokens,
                 context_length=serving.context_length,
+                prompt_cache_bytes=serving.prompt_cache_bytes,
                 memory_limit_bytes=limit,
                 spare_bytes=self._reserve(limit),
                 memory_limits=self.facts.memory_limits,

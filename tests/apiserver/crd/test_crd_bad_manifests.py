@@ -291,6 +291,14 @@ CASES: list[tuple[dict[str, Any], str]] = [
             "spec.serving.maxConcurrentRequests in body should be greater than or equal to 1",
         ),
     ),
+    (
+        {"serving": {"promptCacheBytes": -1}},
+        value(
+            "spec.serving.promptCacheBytes",
+            "-1",
+            "spec.serving.promptCacheBytes in body should be greater than or equal to 0",
+        ),
+    ),
     # -- what a later release will do: never accepted and ignored
     (
         {"serving": {"apiKeySecretRef": {"name": "api-key"}}},
@@ -298,14 +306,6 @@ CASES: list[tuple[dict[str, Any], str]] = [
             "spec.serving.apiKeySecretRef",
             "",
             "not supported by this release: remove it and keep the Service behind a NetworkPolicy or gateway",
-        ),
-    ),
-    (
-        {"serving": {"promptCacheBytes": 0}},
-        value(
-            "spec.serving.promptCacheBytes",
-            "0",
-            "not supported by this release: remove it, no memory is kept for prompts",
         ),
     ),
 ]
