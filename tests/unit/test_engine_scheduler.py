@@ -202,3 +202,30 @@ def test_a_cancelled_row_that_waits_never_reaches_the_ranks() -> None:
     first = scheduler.plan()[0]
     assert isinstance(first, frames.PrefillBatch)
     assert first.uids == (1,)
+
+
+@settings(max_examples=50, deadline=None)
+@given(length=st.integers(1, 300), cut=st.integers(1, 11), seed=st.integers(0, 99))
+def test_a_row_that_begins_in_the_middle_of_its_answer_goes_on_as_if_it_had_not_been_interrupted(
+    length: int, cut: int, seed: int
+) -> None:
+    prompt = tuple((seed * 13 + i) % VOCABULARY for i in range(length))
+    answer = alone(prompt, 12)
+    existing = min(cut, len(answer) - 1)
+    group = Group(Scheduler(2, frozenset({EOS})), 1)
+    group.scheduler.submit(Row(1, (*prompt, *answer[:existing]), 12, given=existing))
+    while group.turn():
+        pass
+    assert group.answers[1] == answer[existing:]
+    assert group.finished[1] == ("stop" if answer[-1] == EOS else "length")
+
+
+def test_the_position_of_a_token_counts_the_tokens_given_before_an_interruption() -> None:
+    whole, resumed = Row(1, (1, 2, 3), 9, generated=2), Row(1, (1, 2, 3, 8, 9), 9, given=2)
+    assert resumed.choice.position == whole.choice.position == 5
+
+
+@pytest.mark.parametrize("existing", [-1, 3, 4])
+def test_a_row_with_nothing_left_to_generate_is_a_mistake_of_its_caller(existing: int) -> None:
+    with pytest.raises(ValueError, match=f"{existing} tokens given, 3 at most, a prompt of 5"):
+        Row(1, (1, 2, 3, 4, 5), 3, given=existing)

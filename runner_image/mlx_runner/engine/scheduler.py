@@ -22,7 +22,11 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(slots=True)
 class Row:
-    """One sequence: a request, or the warm-up. `uid` is unique within the engine."""
+    """One sequence: a request, or the warm-up. `uid` is unique within the engine.
+
+    A request that goes on after its engine was lost begins in the middle: its prompt then ends with the `given` tokens
+    of the answer that exist already. They count towards `max_tokens`, and are not emitted again.
+    """
 
     uid: int
     prompt: tuple[int, ...]
@@ -31,13 +35,19 @@ class Row:
     top_p: float = 1.0
     seed: int = 0
     ignore_eos: bool = False
+    given: int = 0
     generated: int = 0
     prefilled: int = 0
     done: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.given < self.max_tokens or self.given >= len(self.prompt):
+            what = f"{self.given} tokens given, {self.max_tokens} at most, a prompt of {len(self.prompt)} with them"
+            raise ValueError(f"nothing to generate for row {self.uid}: {what}")
+
     @property
     def choice(self) -> Choice:
-        """How its next token is chosen."""
+        """How its next token is chosen. Its position is the same as if the answer had not been interrupted."""
         return Choice(self.temperature, self.top_p, self.seed, len(self.prompt) + self.generated)
 
 
@@ -101,7 +111,7 @@ class Scheduler:
     def _finish(self, row: Row, token: int) -> FinishReason | None:
         if token in self._eos and not row.ignore_eos:
             return "stop"
-        return "length" if row.generated >= row.max_tokens else None
+        return "length" if row.given + row.generated >= row.max_tokens else None
 
     def plan(self) -> tuple[frames.Operation, ...]:
         """The operations of the next frame; empty when there is nothing to do, or a step is still under way."""
