@@ -60,6 +60,8 @@ class DeadlineSeconds(Lenient):
     warmup: float = 300.0
     progress: float = 120.0
     shutdown: float = 30.0
+    resume: float = 60.0
+    """Not of a state: for how long requests of clients are held for the next epoch."""
 
 
 class CreateRunner(Lenient):
@@ -110,6 +112,8 @@ class Shutdown(Lenient):
 
     name: Literal[TaskName.SHUTDOWN] = TaskName.SHUTDOWN
     grace_seconds: float = 0.0
+    final: bool = False
+    """No other epoch follows by itself: no request is held for one."""
 
 
 Task = Annotated[

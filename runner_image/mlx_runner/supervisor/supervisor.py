@@ -18,6 +18,7 @@ from mlx_operator_api.tasks import (
     Shutdown,
     StartWarmup,
     TaskAnswer,
+    TaskPhase,
     TaskRequest,
 )
 from mlx_runner.download import result
@@ -104,6 +105,8 @@ class Supervisor:
         offer = self.machine.offer(request)
         if offer.run:
             self._run(request)
+        if isinstance(request.task, Shutdown) and request.task.final and offer.outcome.phase is not TaskPhase.REJECTED:
+            self.broker.give_up("see the instance's status")
         return TaskAnswer(outcome=offer.outcome, report=self.machine.report)
 
     def _check(self, request: TaskRequest) -> None:
