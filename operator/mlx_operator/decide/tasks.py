@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from mlx_operator_api import names
-from mlx_operator_api.runner import ORDER, RunnerState, Standing, judge
+from mlx_operator_api.runner import ENDED, ORDER, RunnerState, Standing, judge
 from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import (
     PROTOCOL,
@@ -44,7 +44,11 @@ def send(picture: Picture, status: Status) -> tuple[SendTask, ...]:
 
 
 def _endings(picture: Picture, status: Status) -> Iterator[SendTask]:
-    """Shutdown for engines of an epoch that is over; an end in good order lets rank 0 finish its requests first."""
+    """Shutdown for engines of an epoch that is over; an end in good order lets rank 0 finish its requests first.
+
+    Where nothing starts again by itself, rank 0 hears of it also when its engine has ended: it holds clients.
+    """
+    final = restart.final_failure(status) is not None
     remaining = survivors(picture, status)
     orderly = restart.open_failure(status) is None or draining(picture, status)
     drain = orderly and any(rank.rank == 0 for rank in remaining)
@@ -54,7 +58,11 @@ def _endings(picture: Picture, status: Status) -> Iterator[SendTask]:
             continue
         grace = picture.wanted.deadlines.of("shutdown") if drain else 0.0
         if rank.report is not None and rank.report.state is not RunnerState.SHUTTING_DOWN:
-            yield from _to(picture, rank, rank.report.epoch, Shutdown(grace_seconds=grace))
+            yield from _to(picture, rank, rank.report.epoch, Shutdown(grace_seconds=grace, final=final))
+    first = picture.ranks[0]
+    report = first.in_epoch(status.epoch) if final and first.alive else None
+    if report is not None and report.state in ENDED:
+        yield from _to(picture, first, status.epoch, Shutdown(final=True))
 
 
 def _steps(picture: Picture, status: Status) -> Iterator[SendTask]:
