@@ -64,6 +64,15 @@ class DeadlineSeconds(Lenient):
     """Not of a state: for how long requests of clients are held for the next epoch."""
 
 
+class GroupCause(Lenient):
+    """The root cause for which an epoch of the group failed, as the operator knows it."""
+
+    epoch: int
+    rank: int
+    reason: Reason
+    signal: str | None = None
+
+
 class CreateRunner(Lenient):
     """Start a fresh engine for this epoch; the engine of an older epoch is killed and waited for first."""
 
@@ -75,6 +84,8 @@ class CreateRunner(Lenient):
     served_name: str
     serving: ServingOptions = ServingOptions()
     deadlines: DeadlineSeconds = DeadlineSeconds()
+    cause: GroupCause | None = None
+    """Why the group failed last. A rank that only lost its peer cannot know it."""
 
 
 class DownloadModel(Lenient):

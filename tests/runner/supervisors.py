@@ -22,6 +22,7 @@ from mlx_operator_api.tasks import (
     CreateRunner,
     DeadlineSeconds,
     DownloadModel,
+    GroupCause,
     LoadModel,
     Peer,
     RunnerReport,
@@ -247,6 +248,7 @@ class Group:
         self.pods = pods
         self.deadlines = DeadlineSeconds()
         self.serving = ServingOptions()
+        self.cause: GroupCause | None = None
         self.sharding = Sharding.PIPELINE
 
     @property
@@ -268,6 +270,7 @@ class Group:
             sharding=self.sharding,
             deadlines=self.deadlines,
             serving=self.serving,
+            cause=self.cause,
         )
         await self.all(task, RunnerState.IDLE, epoch)
 

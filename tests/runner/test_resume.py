@@ -53,7 +53,7 @@ def cut_everywhere(leader: Rank, name: str, **options: Any) -> Answer:
     for cut in cuts:
         rest = leader.answer(f"{name}-{cut}")
         before = "".join(delta.text for delta in deltas[:cut])
-        given = [token for delta in deltas[:cut] for token in delta.tokens]
+        given = tuple(token for delta in deltas[:cut] for token in delta.tokens)
         assert [*given, *rest.tokens] == whole.tokens, f"cut after {cut} tokens"
         assert before + rest.text == whole.text, f"cut after {cut} tokens"
         assert rest.finished is not None and whole.finished is not None

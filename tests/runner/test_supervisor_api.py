@@ -15,8 +15,16 @@ import openai
 import pytest
 
 from mlx_operator_api import names
+from mlx_operator_api.conditions import Reason
 from mlx_operator_api.runner import RunnerState
-from mlx_operator_api.tasks import DeadlineSeconds, DownloadModel, LoadModel, ServingOptions, Shutdown
+from mlx_operator_api.tasks import (
+    DeadlineSeconds,
+    DownloadModel,
+    GroupCause,
+    LoadModel,
+    ServingOptions,
+    Shutdown,
+)
 
 from .fake_engine import ANSWER
 from .supervisors import PATIENCE, Group, Pod, group
@@ -239,6 +247,33 @@ async def test_a_request_that_makes_engines_abort_is_refused_and_takes_no_other_
     assert "deadly words" not in pod.log
     await metric(pod, 'mlx_runner_requests_total{outcome="crashes_engine"} 1.0')
     assert pod.report.epoch == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+async def test_a_request_that_makes_the_engine_of_another_rank_abort_is_found_out_too(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    async with group(tmp_path, 2) as instance:
+        first, worker = instance.pods
+        await instance.ready()
+        first.plan(hang="Generate")
+        asked = asyncio.create_task(post(first, CHAT))
+        for epoch in (1, 2):
+            await first.state(S.RUNNING, epoch)
+            for engine in worker.engines():
+                os.kill(engine, number)
+            lost = await first.state(S.FAILED, epoch)
+            assert lost.failure is not None and lost.failure.reason is Reason.PEER_LOST
+            await worker.state(S.FAILED, epoch)
+            # What the operator found out, and this rank cannot know.
+            instance.cause = GroupCause(epoch=epoch, rank=1, reason=Reason.ENGINE_CRASHED, signal=number.name)
+            first.plan(**({"hang": "Generate"} if epoch == 1 else {}))
+            await instance.ready(epoch + 1)
+        status, answer, _ = await asked
+        if number == signal.SIGKILL:
+            assert (status, answer["choices"][0]["message"]["content"]) == (200, TEXT)
+        else:
+            assert (status, answer["error"]["code"]) == (500, "request_crashes_engine")
 
 
 async def test_requests_are_held_between_two_epochs(instance: Group) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.runner import RunnerState
-from mlx_operator_api.tasks import RunnerReport
+from mlx_operator_api.tasks import GroupCause, RunnerReport
 from mlx_runner.supervisor import evidence
-from mlx_runner.supervisor.blame import own_doing
+from mlx_runner.supervisor.blame import explained, own_doing, verdict
 from mlx_runner.supervisor.diagnosis import of_exit
 
 BY_ITSELF = {"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP"}
@@ -56,3 +56,21 @@ def test_an_end_is_the_engines_own_doing(facts: Any, own: bool) -> None:
 @pytest.mark.parametrize("reason", list(Reason))
 def test_of_what_an_engine_reports_only_an_exception_of_its_own_is_its_own_doing(reason: Reason) -> None:
     assert own_doing(reason) == (reason is Reason.ENGINE_CRASHED)
+
+
+@pytest.mark.parametrize(
+    ("cause", "own"),
+    [
+        (None, False),
+        (GroupCause(epoch=3, rank=1, reason=Reason.ENGINE_CRASHED, signal="SIGSEGV"), True),
+        (GroupCause(epoch=3, rank=1, reason=Reason.ENGINE_CRASHED), True),
+        (GroupCause(epoch=2, rank=1, reason=Reason.ENGINE_CRASHED), False),  # of another epoch
+        (GroupCause(epoch=3, rank=1, reason=Reason.ENGINE_CRASHED, signal="SIGKILL"), False),
+        (GroupCause(epoch=3, rank=1, reason=Reason.OUT_OF_MEMORY, signal="SIGKILL"), False),
+        (GroupCause(epoch=3, rank=1, reason=Reason.RUNNER_STALLED), False),
+        (GroupCause(epoch=3, rank=1, reason=Reason.POD_DELETED), False),
+    ],
+)
+def test_a_lost_peer_is_explained_by_the_cause_that_the_operator_found(cause: GroupCause | None, own: bool) -> None:
+    assert verdict(Reason.PEER_LOST) is None
+    assert explained(cause, epoch=3) is own

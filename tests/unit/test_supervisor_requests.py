@@ -268,6 +268,25 @@ async def test_a_request_that_two_engines_died_of_by_themselves_is_not_given_to_
     assert "secret" not in caplog.text
 
 
+@pytest.mark.parametrize("own_doing", [True, False])
+async def test_a_request_whose_engine_only_lost_a_peer_is_judged_by_what_became_of_that(
+    broker: Broker, engine: Engine, own_doing: bool
+) -> None:
+    broker.open(engine.send, ServingOptions())
+    suspect, gone = broker.enter(generate(0)), broker.enter(generate(1))
+    for _ in range(2):
+        broker.lose("connection to rank 1 lost", own_doing=None)
+        broker.lose("epoch 2 of the group starts")
+        broker.leave(gone)
+        broker.explain(own_doing=own_doing)
+        broker.explain(own_doing=own_doing)
+        broker.open(engine.send, ServingOptions())
+    assert suspect.done == own_doing
+    if own_doing:
+        assert (await last(suspect)).code == "request_crashes_engine"
+    assert (broker.active, broker.waiting) == (1 - own_doing, 0)
+
+
 @pytest.mark.parametrize("between", ["a kill from outside", "a token"])
 async def test_a_request_is_not_blamed_for(broker: Broker, engine: Engine, between: str) -> None:
     broker.open(engine.send, ServingOptions())

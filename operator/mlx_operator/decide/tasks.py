@@ -13,6 +13,7 @@ from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import (
     PROTOCOL,
     ConnectToGroup,
+    GroupCause,
     LoadModel,
     Peer,
     Sharding,
@@ -72,9 +73,20 @@ def _steps(picture: Picture, status: Status) -> Iterator[SendTask]:
         if rank.report.incarnation != rank.record.incarnation:
             continue
         if rank.report.epoch < status.epoch:
-            yield from _to(picture, rank, status.epoch, picture.wanted.runner)
+            create = picture.wanted.runner.model_copy(update={"cause": _cause(status)})
+            yield from _to(picture, rank, status.epoch, create)
             continue
         yield from _next(picture, rank, status)
+
+
+def _cause(status: Status) -> GroupCause | None:
+    """Why the last epoch failed, if it did."""
+    last = status.history[0] if status.history else None
+    if last is None or last.rank is None:
+        return None
+    known = status.runner(last.rank).last_failure
+    signal = known.signal if known is not None and known.epoch == last.epoch else None
+    return GroupCause(epoch=last.epoch, rank=last.rank, reason=last.reason, signal=signal)
 
 
 def _next(picture: Picture, rank: Rank, status: Status) -> Iterator[SendTask]:

@@ -5,6 +5,7 @@ froze it or cut it off is not, however often that happens.
 """
 
 from mlx_operator_api.conditions import Reason
+from mlx_operator_api.tasks import GroupCause
 
 _FAULTS = frozenset({"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP"})
 """Signals that a process brings upon itself. All others come from outside."""
@@ -22,3 +23,13 @@ def own_doing(reason: Reason, *, signal: str | None = None, abandoned: bool = Fa
     if reason is not Reason.ENGINE_CRASHED:
         return False
     return signal is None or abandoned or signal in _FAULTS
+
+
+def verdict(reason: Reason, *, signal: str | None = None, abandoned: bool = False) -> bool | None:
+    """As `own_doing`; None where only another rank's end explains this one."""
+    return None if reason is Reason.PEER_LOST else own_doing(reason, signal=signal, abandoned=abandoned)
+
+
+def explained(cause: GroupCause | None, epoch: int) -> bool:
+    """Whether the failure of an epoch, in which this rank only lost a peer, was that peer's own doing."""
+    return cause is not None and cause.epoch == epoch and own_doing(cause.reason, signal=cause.signal)

@@ -49,6 +49,7 @@ class Broker:
         self._model = _ANY
         self._closed: str | None = None
         self._given_up: str | None = None
+        self._unexplained: list[Ticket] = []
         self._held_until: float | None = None
         self._hold: asyncio.TimerHandle | None = None
 
@@ -108,34 +109,42 @@ class Broker:
                 self._abandon(ticket, "another model is served now")
         self._pump()
 
-    def lose(self, message: str, *, own_doing: bool = False) -> None:
+    def lose(self, message: str, *, own_doing: bool | None = False) -> None:
         """The engine is gone or going: what it had goes first to that of the next epoch.
 
         `own_doing`: nobody else ended it. What is there when that happens twice, without a token in between, is not
-        given to a third engine.
+        given to a third engine. None: `explain` will tell.
         """
         self.pause()
         self._send = None
         held = self.refusal() is None
         back = []
         for ticket in list(self._active.values()):
-            ticket.deaths += own_doing
             ticket.proven = False
             ticket.lost = message
             if ticket.done:
                 continue  # its client has left
-            if ticket.deaths >= MAX_DEATHS:
-                self._refuse_deadly(ticket)
-            elif held:
+            if own_doing and self._is_deadly(ticket):
+                continue
+            if held:
                 back.append(ticket)
             else:
                 self._end(ticket, Lost(_broken_off(ticket)), Outcome.LOST)
+        if self._active:
+            self._unexplained = back if own_doing is None else []
         self._active.clear()
         self.idle.set()
         self._waiting.extendleft(reversed(back))
         for ticket in back:
             self._hold_ticket(ticket)
             ticket.answers.put_nowait(Paused(len(ticket.tokens)))
+
+    def explain(self, *, own_doing: bool) -> None:
+        """Whether the last engine, where that was not known, or a peer of it, died by its own doing."""
+        unexplained, self._unexplained = self._unexplained, []
+        for ticket in unexplained:
+            if own_doing and not ticket.done and self._is_deadly(ticket):
+                self._waiting.remove(ticket)
 
     def pause(self) -> None:
         """No request goes to the engine from now on; those that wait, and new ones for a while, are held."""
@@ -286,13 +295,18 @@ class Broker:
         self._done(ticket, outcome, finished)
         ticket.answers.put_nowait(answer)
 
-    def _refuse_deadly(self, ticket: Ticket) -> None:
+    def _is_deadly(self, ticket: Ticket) -> bool:
+        """Count a death; after too many the request is refused."""
+        ticket.deaths += 1
+        if ticket.deaths < MAX_DEATHS:
+            return False
         log.error("a request is taken for the cause of %d deaths of the engine: %s", ticket.deaths, shape(ticket))
         message = (
             f"{ticket.deaths} engines in a row died by themselves while they had this request, without a token of it "
             f"in between: it is not tried again; the last one: {ticket.lost}"
         )
         self._end(ticket, Lost(message, 500, CRASHES_ENGINE), Outcome.CRASHES_ENGINE)
+        return True
 
     def _abandon(self, ticket: Ticket, why: str) -> None:
         """End one that waits: no engine comes for it."""

@@ -19,7 +19,7 @@ from mlx_runner import channel
 from mlx_runner.progress import Phase
 
 from . import diagnosis, evidence, ring
-from .blame import own_doing
+from .blame import verdict
 from .config import Config
 from .diagnosis import Diagnosis
 from .engine_process import EngineProcess
@@ -200,11 +200,11 @@ class Runner:
         peer: int | None = None,
         diagnostics: tuple[str, ...] = (),
         last_words: float = 0.0,
-        blamed: bool = False,
+        blamed: bool | None = False,
     ) -> None:
         """This runner failed: tell it, hold its requests, kill the engine. Only the first failure counts.
 
-        `blamed`: the engine did it by itself, perhaps because of a request.
+        `blamed`: the engine did it by itself, perhaps because of a request. None: that is not known yet.
         """
         if self._ended:
             return
@@ -251,7 +251,7 @@ class Runner:
 
     def _blame(self, found: Diagnosis, exit_: evidence.Exit | None = None) -> None:
         lines = exit_.stderr[1 - MAX_DIAGNOSTICS :] if exit_ else ()
-        blamed = exit_ is not None and own_doing(
+        blamed = exit_ is not None and verdict(
             found.reason, signal=exit_.signal, abandoned=exit_.killed_for is not None
         )
         self.fail(found.reason, found.message, exit_=exit_, peer=found.peer, diagnostics=lines, blamed=blamed)
@@ -270,7 +270,7 @@ class Runner:
                     peer=event.peer,
                     diagnostics=event.diagnostics,
                     last_words=_LAST_WORDS_SECONDS,
-                    blamed=own_doing(event.reason),
+                    blamed=verdict(event.reason),
                 )
             case channel.Accepted() | channel.Refused() | channel.Delta() | channel.Finished():
                 self._broker.deliver(event)

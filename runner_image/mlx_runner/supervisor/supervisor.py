@@ -25,6 +25,7 @@ from mlx_runner.download import result
 from mlx_runner.download.request import Request
 from mlx_runner.progress import Phase
 
+from .blame import explained
 from .cgroup import Cgroup
 from .config import Config
 from .downloading import download
@@ -157,6 +158,8 @@ class Supervisor:
     def _create(self, epoch: int, facts: CreateRunner) -> None:
         old = self.runner
         self.broker.lose(f"epoch {epoch} of the group starts")
+        if old is not None:
+            self.broker.explain(own_doing=explained(facts.cause, old.epoch))
         if old is not None:
             old.retire()
         self.runner = Runner(
