@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from docs import faulttable, pages
+from docs import faulttable, metrics, pages
 from mlx_operator_api import crd
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -25,6 +25,7 @@ def files() -> dict[pathlib.Path, str]:
         ROOT / "docs" / "troubleshooting.md": pages.troubleshooting(),
         ROOT / "docs" / "api.md": pages.api(),
         ROOT / "docs" / "faults.md": faulttable.text(),
+        ROOT / "docs" / "metrics.md": metrics.page(),
         architecture: filled(architecture.read_text(encoding="utf-8")),
     }
 

@@ -194,6 +194,8 @@ class Finished(Lenient):
     finish_reason: Literal["stop", "length", "cancelled"]
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Of the prompt: taken from the prefix cache instead of being computed."""
 
 
 class Failure(Lenient):

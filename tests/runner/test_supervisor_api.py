@@ -423,6 +423,54 @@ async def metric(pod: Pod, line: str) -> None:
         await asyncio.sleep(0.05)
 
 
+async def test_the_metrics_say_what_became_of_each_request_and_how_long_it_took(instance: Group) -> None:
+    pod = instance.pods[0]
+    assert (await post(pod, CHAT))[0] == 503
+    instance.serving = ServingOptions(max_concurrent_requests=1, max_queue=0)
+    pod.plan(token_seconds=0.05)
+    await instance.ready()
+    assert (await post(pod, {**CHAT, "max_tokens": 3}))[0] == 200
+    assert (await post(pod, {**CHAT, "messages": [{"role": "user", "content": "refuse this"}]}))[0] == 400
+    pod.plan(tokens=1000, token_seconds=0.05)
+    leaves = asyncio.create_task(post(pod, CHAT))
+    await metric(pod, "mlx_runner_num_requests_running 1.0")
+    assert (await post(pod, CHAT))[0] == 429
+    await metric(pod, "mlx_runner_time_to_first_token_seconds_count 2.0")
+    leaves.cancel()
+    await metric(pod, 'mlx_runner_requests_total{outcome="cancelled"} 1.0')
+    await instance.shut_down()
+    await instance.create(2)
+    for line in (
+        'mlx_runner_requests_total{outcome="finished"} 1.0',
+        'mlx_runner_requests_total{outcome="refused"} 1.0',
+        'mlx_runner_requests_total{outcome="queue_full"} 1.0',
+        'mlx_runner_requests_total{outcome="unavailable"} 1.0',
+        'mlx_runner_requests_total{outcome="lost"} 0.0',
+        'mlx_runner_request_success_total{finished_reason="length"} 1.0',
+        'mlx_runner_restarts_total{reason="Planned"} 1.0',
+        'mlx_runner_http_requests_total{endpoint="/v1/chat/completions",status="429"} 1.0',
+        "mlx_runner_request_generation_tokens_sum 3.0",
+        "mlx_runner_e2e_request_latency_seconds_count 1.0",
+        "mlx_runner_time_per_output_token_seconds_count 1.0",
+        "mlx_runner_request_queue_time_seconds_count 3.0",
+        "mlx_runner_prefix_cache_hits_total 0.0",
+        "mlx_runner_num_requests_running 0.0",
+        'mlx_runner_state{state="RunnerIdle"} 1.0',
+    ):
+        await metric(pod, line)
+    # The engine gives a token every 50 ms; how late the first one is read is the machine's business.
+    assert await value(pod, "mlx_runner_time_per_output_token_seconds_sum") >= 0.01
+    assert await value(pod, 'mlx_runner_state_seconds_total{state="RunnerRunning"}') >= 0.1
+    async with pod.http.get(pod.url("/metrics", names.PUBLIC_PORT)) as response:
+        assert "mlx_runner_request_generation_tokens_sum 3.0" in (await response.text()).splitlines()
+
+
+async def value(pod: Pod, name: str) -> float:
+    async with pod.http.get(pod.url("/metrics")) as response:
+        lines = (await response.text()).splitlines()
+    return next(float(line.rpartition(" ")[2]) for line in lines if line.rpartition(" ")[0] == name)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_frees_its_place(instance: Group, stream: bool) -> None:
     pod = instance.pods[0]

@@ -100,6 +100,16 @@ class Executor:
         """Whether any sequence is under way."""
         return self._rows > 0 or bool(self._prefilling)
 
+    @property
+    def rows(self) -> int:
+        """Sequences that decode."""
+        return self._rows
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values of all sequences, on this rank."""
+        return sum(layer.nbytes for cache in (self._lane, *self._prefilling.values()) for layer in cache)
+
     def run(self, operations: Sequence[frames.Operation]) -> Any | None:
         """Do all operations of a frame, in order; the logits of its step, on rank 0."""
         logits = None

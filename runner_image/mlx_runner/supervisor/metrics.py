@@ -88,6 +88,8 @@ class _Requests(Observer):
         self._resumed = metrics.counter("requests_resumed", "Requests that went on in the engine of a later epoch.")
         self._prompt = metrics.counter("prompt_tokens", "Tokens of prompts, each request once.")
         self._generated = metrics.counter("generation_tokens", "Tokens generated.")
+        self._queries = metrics.counter("prefix_cache_queries", "Tokens of prompts that were looked up for reuse.")
+        self._hits = metrics.counter("prefix_cache_hits", "Tokens of prompts that were reused instead of computed.")
         self._prompt_size = metrics.histogram("request_prompt_tokens", "Tokens of a request's prompt.", _TOKENS)
         self._answer_size = metrics.histogram("request_generation_tokens", "Tokens of a finished answer.", _TOKENS)
         self._queue = metrics.histogram(
@@ -133,6 +135,8 @@ class _Requests(Observer):
             return
         self._success.labels(finished.finish_reason).inc()
         self._latency.observe(seconds)
+        self._queries.inc(finished.prompt_tokens)
+        self._hits.inc(finished.cached_tokens)
         self._answer_size.observe(finished.completion_tokens)
         if ticket.first_token is not None and finished.completion_tokens > 1:
             answering = ticket.entered + seconds - ticket.first_token
@@ -165,7 +169,13 @@ class _Standing(Collector):
         yield CounterMetricFamily(
             "mlx_runner_engine_steps", "Steps of the engine; each epoch counts from 0.", value=report.steps
         )
+        held = self._supervisor.held
         gauges = {
+            "mlx_runner_batch_size": ("Sequences that the engine decodes together.", held.rows if held else 0),
+            "mlx_runner_kv_cache_bytes": (
+                "Keys and values of all sequences, on this rank.",
+                held.cache_bytes if held else 0,
+            ),
             "mlx_runner_epoch": ("Epoch of the group.", report.epoch),
             "mlx_runner_layers_loaded": ("Layers loaded of the shard.", report.layers_loaded),
             "mlx_runner_num_requests_running": ("Requests in the engine.", broker.active),

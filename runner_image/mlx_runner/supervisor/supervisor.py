@@ -23,7 +23,7 @@ from mlx_operator_api.tasks import (
 )
 from mlx_runner.download import result
 from mlx_runner.download.request import Request
-from mlx_runner.progress import Phase
+from mlx_runner.progress import Phase, Snapshot
 
 from .blame import explained
 from .cgroup import Cgroup
@@ -92,6 +92,12 @@ class Supervisor:
         """The report now, with a higher seq and the engine's step counter."""
         engine = self.runner.engine if self.runner else None
         return self.machine.heartbeat(engine.progress.steps if engine else 0)
+
+    @property
+    def held(self) -> Snapshot | None:
+        """What the living engine of this epoch last wrote about itself."""
+        engine = self.runner.engine if self.runner else None
+        return engine.progress if engine is not None and engine.alive else None
 
     # -- tasks
     def handle(self, request: TaskRequest) -> TaskAnswer:
