@@ -126,9 +126,9 @@ async def test_before_the_first_ready_requests_are_refused_with_retry_after(inst
         assert await pod.status("/healthz", names.PUBLIC_PORT) == 200
 
 
-async def kill_engine(pod: Pod) -> None:
+async def kill_engine(pod: Pod, number: signal.Signals = signal.SIGKILL) -> None:
     for engine in pod.engines():
-        os.kill(engine, signal.SIGKILL)
+        os.kill(engine, number)
 
 
 async def events(pod: Pod, body: Any, lines: list[str]) -> None:
@@ -181,7 +181,8 @@ async def test_a_stream_pauses_while_the_group_restarts_and_goes_on_where_it_was
     await metric(pod, "mlx_runner_generation_tokens_total 30.0")
 
 
-async def test_the_official_client_notices_nothing_but_the_pause(instance: Group) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGABRT])
+async def test_the_official_client_notices_nothing_but_the_pause(instance: Group, number: signal.Signals) -> None:
     pod = instance.pods[0]
     pod.plan(tokens=1000, token_seconds=0.05)
     await instance.ready()
@@ -190,7 +191,7 @@ async def test_the_official_client_notices_nothing_but_the_pause(instance: Group
         stream = await ai.chat.completions.create(model="tiny", messages=HELLO, stream=True)
         parts = [await anext(stream), await anext(stream)]
         await metric(pod, "mlx_runner_num_requests_running 2.0")
-        await kill_engine(pod)
+        await kill_engine(pod, number)
         await pod.state(S.FAILED, 1)
         pod.plan()
         await instance.ready(2)
