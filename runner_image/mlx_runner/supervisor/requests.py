@@ -109,11 +109,11 @@ class Broker:
                 self._abandon(ticket, "another model is served now")
         self._pump()
 
-    def lose(self, message: str, *, own_doing: bool | None = False) -> None:
+    def lose(self, message: str, *, own_doing: bool | None = None) -> None:
         """The engine is gone or going: what it had goes first to that of the next epoch.
 
         `own_doing`: nobody else ended it. What is there when that happens twice, without a token in between, is not
-        given to a third engine. None: `explain` will tell.
+        given to a third engine. None: another rank may be the cause, and `explain` tells.
         """
         self.pause()
         self._send = None
