@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from docs import faulttable, pages
+from docs import faulttable, metrics, pages
 from mlx_operator_api import crd
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -26,6 +26,7 @@ def files() -> dict[pathlib.Path, str]:
         ROOT / "docs" / "api.md": pages.api(),
         ROOT / "docs" / "faults.md": faulttable.text(),
         **{page: filled(page.read_text(encoding="utf-8")) for page in filled_in},
+        ROOT / "docs" / "metrics.md": metrics.page(),
     }
 
 

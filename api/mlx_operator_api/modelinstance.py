@@ -267,6 +267,8 @@ class Deadlines(Lenient):
     """One step of the engine, while it has work. Default: 2m."""
     shutdown: Duration | None = None
     """Running requests finish. Default: 30s."""
+    resume: Duration | None = None
+    """Requests of clients are held while the group restarts; then they get an error. Default: 1m."""
 
     def of(self, name: str) -> float:
         """Seconds of one deadline, with its default.
@@ -295,6 +297,7 @@ DEFAULT_DEADLINES = {
     "warmup": "5m",
     "progress": "2m",
     "shutdown": "30s",
+    "resume": "1m",
 }
 OPERATOR_GRACE_SECONDS = 10.0
 """The operator waits this much longer than the supervisor's own deadline before it acts itself."""

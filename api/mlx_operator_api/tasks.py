@@ -61,6 +61,17 @@ class DeadlineSeconds(Lenient):
     warmup: float = 300.0
     progress: float = 120.0
     shutdown: float = 30.0
+    resume: float = 60.0
+    """Not of a state: for how long requests of clients are held for the next epoch."""
+
+
+class GroupCause(Lenient):
+    """The root cause for which an epoch of the group failed, as the operator knows it."""
+
+    epoch: int
+    rank: int
+    reason: Reason
+    signal: str | None = None
 
 
 class CreateRunner(Lenient):
@@ -78,6 +89,8 @@ class CreateRunner(Lenient):
     memory_limits: tuple[int | None, ...] = ()
     """Bytes that each rank's container may use, by rank (None: no limit); empty: not known. Layers are split by it."""
     deadlines: DeadlineSeconds = DeadlineSeconds()
+    cause: GroupCause | None = None
+    """Why the group failed last. A rank that only lost its peer cannot know it."""
 
 
 class DownloadModel(Lenient):
@@ -115,6 +128,8 @@ class Shutdown(Lenient):
 
     name: Literal[TaskName.SHUTDOWN] = TaskName.SHUTDOWN
     grace_seconds: float = 0.0
+    final: bool = False
+    """No other epoch follows by itself: no request is held for one."""
 
 
 Task = Annotated[

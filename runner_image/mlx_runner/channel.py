@@ -90,6 +90,9 @@ class Generate(Lenient):
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    resume: tuple[int, ...] = ()
+    """Token ids of the answer that an engine gave before it was lost: the answer goes on after them, in the next
+    `Delta`. They count in `Finished`."""
 
 
 class Cancel(Lenient):

@@ -101,8 +101,8 @@ def test_a_killed_engine_is_named_within_a_second_and_the_same_pods_answer_again
     status = pair.wait_ready(epoch=before["epoch"] + 1)
 
     chatter.finish()
-    assert chatter.errors, "no running request was told of the failure"
-    assert all("SIGKILL" in str(e) or "rank 1 lost" in str(e) for e in chatter.errors), chatter.errors
+    assert chatter.errors == [], "a client of a running request noticed more than a pause"
+    assert chatter.answered >= 3, "the streams did not go on"
     assert pair.uids() == pods, "pods were replaced"
     assert status["epoch"] == before["epoch"] + 1
     assert status["restarts"] == 1

@@ -7,12 +7,13 @@ the frame port, the others dial it; EOF there is a lost peer, as with the real e
 `FAKE_ENGINE_PLAN` may name a JSON file that is read at each command, so that a test can change it between epochs:
 `{"hang": "Load", "fail": {"on": "Connect", "reason": …, "message": …}, "exit": {"on": "Warmup", "code": 3},
 "eat": "Load" (memory, until the plan changes), "bytes": 1000 (of it at a time), "token_seconds": 0.1, "layers": 4,
-"tokens": 12, "stderr": "…"}`.
+"tokens": 12, "stderr": "…", "abort": "word of a prompt"}`.
 """
 
 import json
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -200,13 +201,15 @@ class FakeEngine:
                 channel.Refused(id=command.id, code="context_length_exceeded", message="too long", param="messages")
             )
             return
+        if "abort" in today and today["abort"] in (text or ""):
+            os.kill(os.getpid(), signal.SIGABRT)
         prompt_tokens = len((text or "").split())
         self.say(channel.Accepted(id=command.id, prompt_tokens=prompt_tokens))
         asked = int(today.get("tokens", len(ANSWER)))
         count = min(asked, command.max_tokens or asked)
         reason: Literal["stop", "length", "cancelled"] = "length" if count < asked else "stop"
-        done = 0
-        for index in range(count):
+        done = min(count, len(command.resume))
+        for index in range(done, count):
             if command.id in self.cancelled:
                 reason = "cancelled"
                 break

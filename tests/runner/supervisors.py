@@ -22,6 +22,7 @@ from mlx_operator_api.tasks import (
     CreateRunner,
     DeadlineSeconds,
     DownloadModel,
+    GroupCause,
     LoadModel,
     Peer,
     RunnerReport,
@@ -247,6 +248,7 @@ class Group:
         self.pods = pods
         self.deadlines = DeadlineSeconds()
         self.serving = ServingOptions()
+        self.cause: GroupCause | None = None
         self.sharding = Sharding.PIPELINE
         self.memory_limits: tuple[int | None, ...] = ()
 
@@ -270,6 +272,7 @@ class Group:
             deadlines=self.deadlines,
             serving=self.serving,
             memory_limits=self.memory_limits,
+            cause=self.cause,
         )
         await self.all(task, RunnerState.IDLE, epoch)
 

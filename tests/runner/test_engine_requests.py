@@ -18,6 +18,11 @@ def rests(rank: Rank) -> bool:
     return rank.progress.read().phase == 0
 
 
+def holds(rank: Rank, rows: int) -> bool:
+    snapshot = rank.progress.read()
+    return snapshot.rows >= rows and snapshot.cache_bytes > 0
+
+
 def chat(request: str, *contents: str, role: str = "user", **options: Any) -> channel.Generate:
     messages = tuple({"role": role, "content": content} for content in contents)
     return channel.Generate(id=request, messages=messages, temperature=0.0, **options)
@@ -128,6 +133,8 @@ def test_cancelled_requests_leave_every_rank_wherever_they_are(pipeline: Ranks) 
         leader.send(generate(f"leaves-{number}", PROMPTS[5], 1500))
     leader.send(generate("prefills", PROMPTS[LONG] * 2, 100))
     leader.expect(channel.Delta, where=lambda event: event.id == "leaves-0")
+    for rank in pipeline.ranks:
+        wait_until(partial(holds, rank, 2), 20, f"rank {rank.rank} holds rows: {rank.progress.read()}")
     names = [*(f"leaves-{number}" for number in range(10)), "prefills"]
     for name in [*names, "nobody"]:
         leader.send(channel.Cancel(id=name))
@@ -137,3 +144,4 @@ def test_cancelled_requests_leave_every_rank_wherever_they_are(pipeline: Ranks) 
     assert len(leader.answer("stays").tokens) == 60
     for rank in pipeline.ranks:
         wait_until(partial(rests, rank), 20, f"rank {rank.rank} rests")
+        assert rank.progress.read().rows == 0

@@ -8,6 +8,9 @@ import pytest
 from docs import generate, pages
 from mlx_operator_api.conditions import ConditionType, Reason, Retry
 from mlx_operator_api.runner import TaskName
+from mlx_runner.supervisor.config import Config
+from mlx_runner.supervisor.metrics import Metrics
+from mlx_runner.supervisor.supervisor import Supervisor
 
 ROOT = generate.ROOT
 PAGES = [ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "helm").glob("*/README.md"))]
@@ -58,6 +61,20 @@ def test_the_architecture_page_shows_every_task_of_the_table() -> None:
     for task in TaskName:
         assert f"| `{task}`" in text
     assert text.count("<!-- generated: ") == text.count("<!-- end -->") == 3
+
+
+def test_the_metrics_page_has_every_metric_that_a_runner_prints_and_no_other() -> None:
+    """What a busy runner prints, without the help of the page's own code."""
+    supervisor = Supervisor(Config(uid="u", rank=0, token="t", state_dir=pathlib.Path("/nonexistent")))
+    registry = Metrics(supervisor)
+    printed = re.findall(r"^# TYPE (\S+) (\S+)$", registry.text().decode(), re.MULTILINE)
+    printed = [(name, kind) for name, kind in printed if not name.endswith("_created")]
+    for metric in registry.registry.collect():
+        for sample in metric.samples:
+            told = set(sample.labels) - {"le"}
+            assert not told or told == set(registry.labels[metric.name]), sample.name
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert sorted(printed) == sorted(re.findall(r"^\| `(\S+)` \| (\w+) \|", text, re.MULTILINE))
 
 
 def test_a_block_that_nothing_generates_is_an_error() -> None:

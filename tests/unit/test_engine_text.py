@@ -146,6 +146,52 @@ def test_a_cancel_is_for_the_scheduler_and_ends_with_its_word() -> None:
     assert desk.said[-1] == Finished(id="r", finish_reason="cancelled", prompt_tokens=3, completion_tokens=0)
 
 
+def run(desk: Desk, tokens: Sequence[int], max_tokens: int, **options: Any) -> list[Event]:
+    """Ask, and be the scheduler; what was said of the answer."""
+    desk.ask(max_tokens=max_tokens, **options)
+    given_before = len(options.get("resume", ()))
+    for number, token in enumerate(tokens[given_before:], start=given_before + 1):
+        finish = "stop" if token == EOS else "length" if number == max_tokens else None
+        if isinstance(desk.said[-1], Finished):
+            break
+        desk.answer(token, finish=finish)
+    assert isinstance(desk.said[0], Accepted)
+    return desk.said[1:]
+
+
+@given(
+    text=st.text("ab\u00e9\U0001f600", max_size=12),
+    stops=st.lists(st.text("ab\u00e9", min_size=1, max_size=3), max_size=2),
+    ends=st.sampled_from(["eos", "length"]),
+)
+def test_an_answer_that_was_cut_anywhere_goes_on_to_the_same_text_and_the_same_end(
+    text: str, stops: list[str], ends: str
+) -> None:
+    tokens = [*text.encode(), EOS]
+    max_tokens = len(tokens) if ends == "eos" else max(1, len(tokens) - 1)
+    undisturbed = run(Desk(), tokens, max_tokens, stop=tuple(stops))
+    deltas = [event for event in undisturbed if isinstance(event, Delta)]
+    assert isinstance(undisturbed[-1], Finished)
+    for cut in range(len(deltas) + 1):
+        given_tokens = tuple(token for delta in deltas[:cut] for token in delta.tokens)
+        resumed = run(Desk(), tokens, max_tokens, stop=tuple(stops), resume=given_tokens)
+        assert [*deltas[:cut], *resumed] == undisturbed, f"cut after {cut} tokens"
+
+
+def test_the_row_of_a_resumed_answer_begins_after_the_tokens_that_were_given() -> None:
+    desk = Desk()
+    desk.ask(max_tokens=9, seed=3, resume=tuple(b"xy"))
+    assert desk.submitted == [Row(1, tuple(b"abcxy"), 9, temperature=1.0, seed=3, given=2)]
+    assert desk.said == [Accepted(id="r", prompt_tokens=3)], "what the client has is not said again"
+
+
+def test_more_tokens_than_the_limit_of_the_next_epoch_allows_end_the_answer_and_count() -> None:
+    desk = Desk(answer=2)
+    desk.ask(resume=tuple(b"wxyz"))
+    assert not desk.submitted
+    assert desk.said[-1] == Finished(id="r", finish_reason="length", prompt_tokens=3, completion_tokens=4)
+
+
 @pytest.mark.parametrize(
     ("limits", "asked", "granted"),
     [({}, None, 97), ({}, 97, 97), ({"answer": 20}, None, 20), ({"answer": 20}, 50, 20), ({"answer": 20}, 5, 5)],

@@ -7,6 +7,7 @@ import pytest
 from mlx_operator.decide.actions import DeletePod, SendTask
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState, TaskName
+from mlx_operator_api.tasks import CreateRunner, GroupCause
 from tests.unit.scenes import condition, failures, ready, see
 from tests.unit.simulator import START, Cluster
 
@@ -53,6 +54,20 @@ def test_a_group_recovers_in_the_same_pods_with_one_warning_and_keeps_the_eviden
     failed = condition(cluster, ConditionType.RUNNER_FAILED)
     assert (failed.status, failed.reason) == ("False", Reason.RECOVERED)
     assert "engine killed by signal 9" in failed.message
+
+
+def test_the_next_epoch_is_told_why_the_last_one_failed() -> None:
+    cluster = ready(3)
+    cluster.supervisor(1).fail(Reason.ENGINE_CRASHED, "engine killed by signal 11 (SIGSEGV)", signal="SIGSEGV")
+    cluster.supervisor(0).fail(Reason.PEER_LOST, "connection to rank 1 lost", peer=1)
+    cluster.run()
+    assert cluster.ready()
+    created = {s.request.rank: s.request.task for s in cluster.sent if isinstance(s.request.task, CreateRunner)}
+    assert set(created) == {0, 1, 2}
+    expected = GroupCause(epoch=1, rank=1, reason=Reason.ENGINE_CRASHED, signal="SIGSEGV")
+    for task in created.values():
+        assert isinstance(task, CreateRunner)
+        assert task.cause == expected
 
 
 def test_runner_failed_is_true_until_the_group_is_ready_again() -> None:

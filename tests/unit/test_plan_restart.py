@@ -11,6 +11,7 @@ from mlx_operator.decide.spec import RestartRules
 from mlx_operator_api import names
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState, TaskName
+from mlx_operator_api.tasks import Shutdown
 from tests.unit.scenes import condition, ready, see
 from tests.unit.simulator import START, Cluster
 
@@ -35,6 +36,21 @@ def test_a_rank_that_fails_for_ever_spends_the_budget_and_leaves_everything_in_p
     cluster.run()
     assert cluster.ready()
     assert (cluster.status.epoch, cluster.status.restarts) == (4, 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_hears_once_that_nothing_starts_again_also_when_its_engine_is_dead(rank: int) -> None:
+    cluster = ready(restartPolicy={"maxRestarts": 1})
+    for budget_is_spent in (False, True):
+        cluster.sent.clear()
+        cluster.kill_engine(rank)
+        cluster.run(until=lambda: cluster.stalled() or cluster.ready())
+        cluster.run(30)
+        told = [s.request.task for s in cluster.sent if s.request.rank == 0]
+        assert [task for task in told if isinstance(task, Shutdown) and task.final] == (
+            [Shutdown(final=True)] if budget_is_spent else []
+        )
+    assert cluster.stalled()
 
 
 def test_the_second_restart_of_a_window_waits_for_its_back_off() -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from mlx_operator_api.tasks import ServingOptions
 from mlx_runner import channel
-from mlx_runner.supervisor.requests import Broker, Lost, QueueFullError, UnavailableError
+from mlx_runner.supervisor.requests import Broker, QueueFullError, UnavailableError
+from mlx_runner.supervisor.tickets import Answer, Lost, Paused, ServedModel, Ticket
 
 
 class Engine:
@@ -20,8 +21,12 @@ class Engine:
         self.sent.append(command)
 
     @property
+    def commands(self) -> list[channel.Generate]:
+        return [command for command in self.sent if isinstance(command, channel.Generate)]
+
+    @property
     def ids(self) -> list[str]:
-        return [c.id for c in self.sent if isinstance(c, channel.Generate)]
+        return [command.id for command in self.commands]
 
 
 def generate(number: int) -> channel.Generate:
@@ -30,6 +35,24 @@ def generate(number: int) -> channel.Generate:
 
 def accepted(number: int) -> channel.Accepted:
     return channel.Accepted(id=str(number), prompt_tokens=1)
+
+
+def delta(number: int, *tokens: int) -> channel.Delta:
+    return channel.Delta(id=str(number), text="".join(f" {token}" for token in tokens), tokens=tokens)
+
+
+def everything(ticket: Ticket) -> list[Answer]:
+    """What its client was told so far."""
+    return [ticket.answers.get_nowait() for _ in range(ticket.answers.qsize())]
+
+
+async def last(ticket: Ticket) -> Lost:
+    """How it was ended."""
+    async with asyncio.timeout(30):
+        while True:
+            answer = await ticket.answers.get()
+            if isinstance(answer, Lost):
+                return answer
 
 
 def finished(number: int) -> channel.Finished:
@@ -86,71 +109,252 @@ async def test_the_place_of_a_client_that_left_is_free_when_the_engine_says_so(b
     assert (engine.ids, next_one.dispatched.done()) == (["0", "1"], True)
 
 
-async def test_a_lost_engine_fails_what_ran_and_the_next_epoch_serves_what_waited(
+async def test_a_lost_engine_costs_nobody_the_answer_and_the_next_epoch_serves_all_in_their_order(
     broker: Broker, engine: Engine
 ) -> None:
-    broker.open(engine.send, ServingOptions(max_concurrent_requests=1))
-    ran, waited = broker.enter(generate(0)), broker.enter(generate(1))
-    broker.deliver(accepted(0))
-    broker.lose("engine killed")
-    assert [ran.answers.get_nowait() for _ in range(2)] == [accepted(0), Lost("engine killed")]
-    assert broker.refusal() is None
-    held = broker.enter(generate(2))
-    broker.deliver(channel.Delta(id="0", text="late", tokens=(1,)))
-    assert ran.answers.empty()
-
-    successor = Engine()
-    broker.open(successor.send, ServingOptions(max_concurrent_requests=2))
-    assert (successor.ids, engine.ids) == (["1", "2"], ["0"])
-    assert waited.dispatched.done()
-    assert held.dispatched.done()
-
-
-async def test_what_a_lost_engine_had_not_accepted_goes_first_to_the_next_one(broker: Broker, engine: Engine) -> None:
-    broker.open(engine.send, ServingOptions(max_concurrent_requests=4))
-    tickets = [broker.enter(generate(n)) for n in range(5)]
+    broker.open(engine.send, ServingOptions(max_concurrent_requests=2))
+    tickets = [broker.enter(generate(n)) for n in range(4)]
     broker.deliver(accepted(1))
-    broker.leave(tickets[2])
+    broker.deliver(delta(1, 7))
+    broker.deliver(delta(1, 8, 9))
     broker.lose("engine killed")
-    assert (broker.active, broker.waiting, broker.idle.is_set()) == (0, 3, True)
+    assert broker.refusal() is None
+    assert (broker.active, broker.waiting, broker.idle.is_set()) == (0, 4, True)
+    broker.enter(generate(4))
+    broker.deliver(delta(1, 10))
+
     successor = Engine()
-    broker.open(successor.send, ServingOptions(max_concurrent_requests=4))
-    assert successor.ids == ["0", "3", "4"]
-    broker.deliver(accepted(0))
-    broker.deliver(finished(0))
-    assert [tickets[0].answers.get_nowait() for _ in range(2)] == [accepted(0), finished(0)]
+    broker.open(successor.send, ServingOptions(max_concurrent_requests=5))
+    assert (successor.ids, engine.ids) == (["0", "1", "2", "3", "4"], ["0", "1"])
+    assert [command.resume for command in successor.commands] == [(), (7, 8, 9), (), (), ()]
+    for event in (accepted(1), delta(1, 10), finished(1)):
+        broker.deliver(event)
+    assert everything(tickets[1]) == [
+        accepted(1),
+        delta(1, 7),
+        delta(1, 8, 9),
+        Paused(3),
+        delta(1, 10),
+        finished(1),
+    ], "accepted is not told twice, a late word of the old engine not at all"
+    assert everything(tickets[0]) == [Paused(0)]
 
 
-async def test_a_request_that_two_engines_died_of_is_not_given_to_a_third(broker: Broker, engine: Engine) -> None:
+async def test_a_request_goes_on_over_any_number_of_lost_engines(broker: Broker, engine: Engine) -> None:
     broker.open(engine.send, ServingOptions())
-    deadly = broker.enter(generate(0))
-    for _ in range(2):
-        assert deadly.answers.empty()
+    ticket = broker.enter(generate(0))
+    for number in range(5):
+        broker.deliver(accepted(0))
+        broker.deliver(delta(0, number))
         broker.lose("engine killed")
         broker.open(engine.send, ServingOptions())
-    assert (engine.ids, broker.active) == (["0", "0"], 0)
-    assert deadly.answers.get_nowait() == Lost("engine killed")
+    assert engine.commands[-1] == generate(0).model_copy(update={"resume": (0, 1, 2, 3, 4)})
+    assert ticket.command == generate(0), "what was asked stays as it was"
 
 
-async def test_a_request_given_back_is_answered_when_no_epoch_comes_in_time(engine: Engine) -> None:
-    broker = Broker(engine.active.append, hold_seconds=0.2)
+async def test_a_client_that_left_is_not_gone_on_with(broker: Broker, engine: Engine) -> None:
     broker.open(engine.send, ServingOptions())
-    returned = broker.enter(generate(0))
+    gone, held = broker.enter(generate(0)), broker.enter(generate(1))
+    broker.deliver(accepted(0))
+    broker.leave(gone)
     broker.lose("engine killed")
-    answer = await asyncio.wait_for(returned.answers.get(), 30)
-    assert isinstance(answer, channel.Refused)
-    assert (answer.status, answer.code) == (503, "not_ready")
-    assert "did not become ready again in time" in answer.message
-    broker.leave(returned)
+    broker.leave(held)
+    assert (broker.active, broker.waiting) == (0, 0)
+    successor = Engine()
+    broker.open(successor.send, ServingOptions())
+    assert successor.sent == []
+
+
+async def test_requests_that_go_on_take_no_place_in_the_queue_from_new_ones(broker: Broker, engine: Engine) -> None:
+    broker.open(engine.send, ServingOptions(max_concurrent_requests=2, max_queue=1))
+    for number in range(2):
+        broker.enter(generate(number))
+    broker.lose("engine killed")
+    broker.enter(generate(2))
+    with pytest.raises(QueueFullError):
+        broker.enter(generate(3))
+
+
+# -- the bound
+async def test_what_no_epoch_goes_on_with_in_time_gets_an_honest_end(broker: Broker, engine: Engine) -> None:
+    broker.open(engine.send, ServingOptions(), resume_seconds=0.2)
+    begun, not_begun = broker.enter(generate(0)), broker.enter(generate(1))
+    broker.deliver(accepted(0))
+    broker.deliver(delta(0, 7))
+    broker.lose("engine killed by signal 9 (SIGKILL)")
+    end = await last(begun)
+    assert (end.status, end.code) == (503, "runner_failed")
+    assert end.message == (
+        "the model's runner failed after 1 tokens of the answer: engine killed by signal 9 (SIGKILL); "
+        "the model did not become ready again within 0.2 s"
+    )
+    end = await last(not_begun)
+    assert (end.status, end.code) == (503, "not_ready")
     assert broker.waiting == 0
+    broker.open(engine.send, ServingOptions())
+    assert engine.ids == ["0", "1"]
 
 
-async def test_while_draining_nothing_is_given_back(broker: Broker, engine: Engine) -> None:
+async def test_the_time_counts_from_the_first_loss_until_a_token_comes(broker: Broker, engine: Engine) -> None:
+    broker.open(engine.send, ServingOptions(), resume_seconds=30.0)
+    stuck, moving = broker.enter(generate(0)), broker.enter(generate(1))
+    broker.lose("engine killed")
+    first = stuck.deadline, moving.deadline
+    assert None not in first
+    broker.open(engine.send, ServingOptions(), resume_seconds=30.0)
+    assert (stuck.timer, stuck.deadline) == (None, first[0]), "in an engine it has all the time that it needs"
+    broker.deliver(delta(1, 7))
+    await asyncio.sleep(0.01)
+    broker.lose("engine killed")
+    assert stuck.deadline == first[0] and moving.deadline is not None and first[1] is not None
+    assert moving.deadline > first[1]
+    assert stuck.timer is not None and moving.timer is not None
+
+
+async def test_an_answer_is_not_gone_on_with_by_another_model(broker: Broker, engine: Engine) -> None:
+    small, large = ServedModel("tiny", "hf://a/small", digest="1"), ServedModel("tiny", "hf://a/large", digest="2")
+    broker.open(engine.send, ServingOptions(), model=small)
+    begun, not_begun = broker.enter(generate(0), "tiny"), broker.enter(generate(1), "tiny")
+    broker.deliver(accepted(0))
+    broker.deliver(delta(0, 7))
+    broker.lose("the runner was shut down")
+    held, renamed = broker.enter(generate(2), "tiny"), broker.enter(generate(3), "other")
+    broker.open(engine.send, ServingOptions(), model=large)
+    assert engine.ids == ["0", "1", "1", "2"]
+    assert (await last(begun)).message.endswith("another model is served now")
+    with pytest.raises(UnavailableError, match="another model is served now"):
+        await renamed.dispatched
+    assert not not_begun.done and not held.done
+
+
+async def test_while_draining_nothing_is_held_and_what_waits_for_an_epoch_ends_at_once(
+    broker: Broker, engine: Engine
+) -> None:
+    broker.open(engine.send, ServingOptions())
+    waits = broker.enter(generate(0))
+    broker.deliver(accepted(0))
+    broker.lose("engine killed")
+    broker.close("shutting down")
+    assert (await last(waits)).message.endswith("engine killed; shutting down")
+
+
+async def test_an_engine_that_is_lost_while_draining_breaks_the_answer_off_at_once(
+    broker: Broker, engine: Engine
+) -> None:
     broker.open(engine.send, ServingOptions())
     running = broker.enter(generate(0))
     broker.close("shutting down")
     broker.lose("engine killed")
-    assert (running.answers.get_nowait(), broker.waiting) == (Lost("engine killed"), 0)
+    assert (await last(running)).code == "runner_failed"
+    assert broker.waiting == 0
+
+
+# -- who makes an engine die
+async def test_a_request_that_two_engines_died_of_by_themselves_is_not_given_to_a_third(
+    broker: Broker, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker.open(engine.send, ServingOptions())
+    deadly = broker.enter(channel.Generate(id="0", prompt="a secret", stop=("secret",), seed=3))
+    broker.deliver(accepted(0))
+    for _ in range(2):
+        broker.lose("engine killed by signal 11 (SIGSEGV)", own_doing=True)
+        broker.open(engine.send, ServingOptions())
+    assert (engine.ids, broker.active) == (["0", "0"], 0)
+    end = await last(deadly)
+    assert (end.status, end.code) == (500, "request_crashes_engine")
+    assert "2 engines in a row died by themselves" in end.message and "SIGSEGV" in end.message
+    assert "endpoint=completions prompt_tokens=1 tokens_given=0" in caplog.text
+    assert "len(prompt)=8" in caplog.text and "seed=3" in caplog.text
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("own_doing", [True, False])
+async def test_a_request_whose_engine_only_lost_a_peer_is_judged_by_what_became_of_that(
+    broker: Broker, engine: Engine, own_doing: bool
+) -> None:
+    broker.open(engine.send, ServingOptions())
+    suspect, gone = broker.enter(generate(0)), broker.enter(generate(1))
+    for _ in range(2):
+        broker.lose("connection to rank 1 lost", own_doing=None)
+        broker.lose("epoch 2 of the group starts")
+        broker.leave(gone)
+        broker.explain(own_doing=own_doing)
+        broker.explain(own_doing=own_doing)
+        broker.open(engine.send, ServingOptions())
+    assert suspect.done == own_doing
+    if own_doing:
+        assert (await last(suspect)).code == "request_crashes_engine"
+    assert (broker.active, broker.waiting) == (1 - own_doing, 0)
+
+
+@pytest.mark.parametrize("between", ["a kill from outside", "a token"])
+async def test_a_request_is_not_blamed_for(broker: Broker, engine: Engine, between: str) -> None:
+    broker.open(engine.send, ServingOptions())
+    innocent = broker.enter(generate(0))
+    broker.lose("abort", own_doing=True)
+    for _ in range(3):
+        broker.open(engine.send, ServingOptions())
+        if between == "a token":
+            broker.deliver(delta(0, 7))
+        broker.lose("died", own_doing=between == "a token")
+    assert not innocent.done
+
+
+async def test_the_request_that_kills_engines_takes_no_other_with_it(broker: Broker) -> None:
+    """Of nine requests one makes every engine abort before its first token; the engine is the same each time."""
+    waits_for, answered, deaths = 5, 3, 0
+    engine = Engine()
+    broker.open(engine.send, ServingOptions())
+    tickets = [broker.enter(generate(n)) for n in range(9)]
+    given = dict.fromkeys(range(9), 0)
+    while not all(ticket.done for ticket in tickets):
+        known = len(engine.sent)
+        for command in engine.commands:
+            number = int(command.id)
+            if number == waits_for:
+                deaths += 1
+                broker.lose("abort", own_doing=True)
+                engine = Engine()
+                broker.open(engine.send, ServingOptions())
+                break
+            if given[number] < answered:
+                broker.deliver(accepted(number))
+                broker.deliver(delta(number, given[number]))
+                given[number] += 1
+            else:
+                broker.deliver(finished(number))
+        assert deaths < 5, "the budget of restarts would be spent"
+        assert known or deaths
+    assert deaths == 2
+    assert (await last(tickets[waits_for])).code == "request_crashes_engine"
+    for number, ticket in enumerate(tickets):
+        if number != waits_for:
+            told = everything(ticket)
+            assert [token for event in told if isinstance(event, channel.Delta) for token in event.tokens] == [0, 1, 2]
+            assert told[-1] == finished(number)
+
+
+async def test_a_new_request_is_not_mistaken_for_the_cause_nor_takes_the_blame_of_another(
+    broker: Broker, engine: Engine
+) -> None:
+    broker.open(engine.send, ServingOptions())
+    suspect, other = broker.enter(generate(0)), broker.enter(generate(1))
+    broker.lose("abort", own_doing=True)
+    deadly = broker.enter(generate(2))
+    broker.open(engine.send, ServingOptions())
+    assert engine.ids[2:] == ["0"], "alone, until it is answered"
+    broker.deliver(delta(0, 7))
+    assert engine.ids[2:] == ["0", "1"]
+    broker.leave(other)
+    broker.deliver(finished(1))
+    assert engine.ids[2:] == ["0", "1", "2"], "a client that left is nobody to wait for"
+    broker.lose("abort", own_doing=True)
+    assert not suspect.done and not deadly.done
+    broker.open(engine.send, ServingOptions())
+    broker.deliver(delta(0, 8))
+    broker.lose("abort", own_doing=True)
+    assert not suspect.done
+    assert (await last(deadly)).code == "request_crashes_engine"
 
 
 async def test_after_a_final_failure_nobody_is_held_until_the_group_is_ready_again(
@@ -161,9 +365,7 @@ async def test_after_a_final_failure_nobody_is_held_until_the_group_is_ready_aga
     broker.lose("no memory")
     broker.give_up("no memory")
     words = "the model has failed and is not started again by itself: no memory"
-    answer = returned.answers.get_nowait()
-    assert isinstance(answer, channel.Refused)
-    assert (answer.status, answer.message) == (503, words)
+    assert await last(returned) == Lost(words, code="not_ready")
     with pytest.raises(UnavailableError, match=words):
         await waits.dispatched
     assert (broker.refusal(), broker.waiting) == (words, 0)
@@ -174,9 +376,8 @@ async def test_after_a_final_failure_nobody_is_held_until_the_group_is_ready_aga
     assert broker.refusal() is None
 
 
-async def test_held_requests_are_refused_when_no_epoch_comes_in_time(engine: Engine) -> None:
-    broker = Broker(engine.active.append, hold_seconds=0.2)
-    broker.open(engine.send, ServingOptions())
+async def test_held_requests_are_refused_when_no_epoch_comes_in_time(broker: Broker, engine: Engine) -> None:
+    broker.open(engine.send, ServingOptions(), resume_seconds=0.2)
     broker.lose("engine killed")
     held = broker.enter(generate(1))
     with pytest.raises(UnavailableError, match="did not become ready again in time"):

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from mlx_operator_api import names
-from mlx_operator_api.runner import ORDER, RunnerState, Standing, judge
+from mlx_operator_api.runner import ENDED, ORDER, RunnerState, Standing, judge
 from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import (
     PROTOCOL,
     ConnectToGroup,
     CreateRunner,
+    GroupCause,
     LoadModel,
     Peer,
     Sharding,
@@ -45,7 +46,11 @@ def send(picture: Picture, status: Status) -> tuple[SendTask, ...]:
 
 
 def _endings(picture: Picture, status: Status) -> Iterator[SendTask]:
-    """Shutdown for engines of an epoch that is over; an end in good order lets rank 0 finish its requests first."""
+    """Shutdown for engines of an epoch that is over; an end in good order lets rank 0 finish its requests first.
+
+    Where nothing starts again by itself, rank 0 hears of it also when its engine has ended: it holds clients.
+    """
+    final = restart.final_failure(status) is not None
     remaining = survivors(picture, status)
     orderly = restart.open_failure(status) is None or draining(picture, status)
     drain = orderly and any(rank.rank == 0 for rank in remaining)
@@ -55,7 +60,11 @@ def _endings(picture: Picture, status: Status) -> Iterator[SendTask]:
             continue
         grace = picture.wanted.deadlines.of("shutdown") if drain else 0.0
         if rank.report is not None and rank.report.state is not RunnerState.SHUTTING_DOWN:
-            yield from _to(picture, rank, rank.report.epoch, Shutdown(grace_seconds=grace))
+            yield from _to(picture, rank, rank.report.epoch, Shutdown(grace_seconds=grace, final=final))
+    first = picture.ranks[0]
+    report = first.in_epoch(status.epoch) if final and first.alive else None
+    if report is not None and report.state in ENDED:
+        yield from _to(picture, first, status.epoch, Shutdown(final=True))
 
 
 def _steps(picture: Picture, status: Status) -> Iterator[SendTask]:
@@ -73,7 +82,17 @@ def _steps(picture: Picture, status: Status) -> Iterator[SendTask]:
 def _create(picture: Picture, status: Status) -> CreateRunner:
     """The same for all ranks, whenever it is sent: what the layers are split by was recorded with the epoch."""
     limits = tuple(record.memory_limit_bytes for record in status.runners)
-    return picture.wanted.runner.model_copy(update={"memory_limits": limits})
+    return picture.wanted.runner.model_copy(update={"memory_limits": limits, "cause": _cause(status)})
+
+
+def _cause(status: Status) -> GroupCause | None:
+    """Why the last epoch failed, if it did."""
+    last = status.history[0] if status.history else None
+    if last is None or last.rank is None:
+        return None
+    known = status.runner(last.rank).last_failure
+    signal = known.signal if known is not None and known.epoch == last.epoch else None
+    return GroupCause(epoch=last.epoch, rank=last.rank, reason=last.reason, signal=signal)
 
 
 def _next(picture: Picture, rank: Rank, status: Status) -> Iterator[SendTask]:

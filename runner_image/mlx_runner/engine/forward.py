@@ -118,6 +118,18 @@ class Executor:
         """Bytes that one position of one sequence takes on this rank; 0 before the first sequence."""
         return self._position_bytes
 
+    @property
+    def rows(self) -> int:
+        """Sequences that decode."""
+        return sum(lane.rows for lane in self._lanes.values())
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values on this rank: of all sequences, and of those kept for reuse."""
+        lanes = (lane.cache for lane in self._lanes.values())
+        caches = (*lanes, *self._prefilling.values(), *self._entries.values())
+        return sum(layer.nbytes for cache in caches for layer in cache)
+
     def run(self, frame: Frame) -> Any | None:
         """Do all operations of a frame, in order; the logits of its step, on rank 0."""
         lane = self._lanes.setdefault(frame.lane, _Lane())

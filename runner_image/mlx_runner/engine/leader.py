@@ -112,6 +112,7 @@ class Leader:
         self._cleared = False
         self._progress.write(Phase.COMPUTING)
         logits = self._executor.run(frame)
+        self._progress.holds(self._executor.rows, self._executor.cache_bytes)
         if frame.step is None or logits is None:
             self._progress.write(Phase.COMPUTING, steps=1)
             return

@@ -15,6 +15,8 @@ from mlx_runner.channel import Accepted, Cancel, Delta, Event, Finished, Generat
 from .scheduler import Emission, Row
 from .text import Detokenizer, PromptError, StopStrings, Tokenizer
 
+Ending = Literal["stop", "length", "cancelled"]
+
 
 @dataclass(frozen=True, slots=True)
 class CancelRow:
@@ -107,16 +109,35 @@ class Requests:
             request.id, len(prompt), self._tokenizer.eos, Detokenizer(self._tokenizer), StopStrings(request.stop)
         )
         self._say(Accepted(id=request.id, prompt_tokens=len(prompt)))
+        ended = self._replay(self._answers[uid], request.resume, max_tokens)
+        if ended is not None:
+            self._finish(Emission(uid), self._answers[uid], ended)
+            return
         self._submit(
             Row(
                 uid,
-                prompt,
+                (*prompt, *request.resume),
                 max_tokens,
                 temperature=request.temperature,
                 top_p=request.top_p,
                 seed=request.seed,
+                given=len(request.resume),
             )
         )
+
+    def _replay(self, answer: _Answer, given: tuple[int, ...], max_tokens: int) -> Ending | None:
+        """Bring the text to where a lost engine left it: its client has had it, so nothing is said.
+
+        How the answer ends, where the given tokens end it already: its engine was lost before it could say so.
+        """
+        for number, token in enumerate(given, start=1):
+            eos = token in answer.eos
+            last = eos or number >= max_tokens
+            _, stopped = self._text(answer, token, last=last)
+            if stopped or last:
+                answer.tokens = len(given)
+                return "stop" if stopped or eos else "length"
+        return None
 
     def _prompt(self, request: Generate) -> tuple[tuple[int, ...], int]:
         param = "prompt" if request.messages is None else "messages"
@@ -152,6 +173,12 @@ class Requests:
 
     def _token(self, answer: _Answer, token: int, *, last: bool) -> bool:
         """Give out the text of a token; whether a stop string came."""
+        text, stopped = self._text(answer, token, last=last)
+        self._say(Delta(id=answer.id, text=text, tokens=(token,)))
+        return stopped
+
+    def _text(self, answer: _Answer, token: int, *, last: bool) -> tuple[str, bool]:
+        """The text that is certain with a token, and whether a stop string came."""
         answer.tokens += 1
         ended = token in answer.eos and last
         text = "" if ended else answer.detokenizer.add(token)
@@ -160,10 +187,9 @@ class Requests:
         text, stopped = answer.stops.add(text)
         if last and not stopped:
             text += answer.stops.flush()
-        self._say(Delta(id=answer.id, text=text, tokens=(token,)))
-        return stopped
+        return text, stopped
 
-    def _finish(self, last: Emission, answer: _Answer, reason: Literal["stop", "length", "cancelled"]) -> None:
+    def _finish(self, last: Emission, answer: _Answer, reason: Ending) -> None:
         del self._answers[last.uid]
         self._say(
             Finished(

@@ -104,6 +104,7 @@ class Worker:
             self._check(frame)
             self._progress.write(Phase.COMPUTING)
             executor.run(frame)
+            self._progress.holds(executor.rows, executor.cache_bytes)
             tokens = len(frame.step.tokens) if frame.step else 0
             self._progress.write(Phase.COMPUTING, steps=1, tokens=tokens)
             if any(isinstance(operation, frames.WarmedUp) for operation in frame.operations):

@@ -1,6 +1,5 @@
 """The public API on rank 0: OpenAI's chat completions and completions, plain and as a stream."""
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -12,14 +11,16 @@ from aiohttp import web
 
 from mlx_runner import channel
 
+from .answers import answers, dispatched
 from .control import readiness
 from .http import SlowClientError, read_body, write
 from .metrics import Metrics
 from .openai_errors import ApiError
 from .openai_models import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from .openai_shapes import Chat, Completion, Shape
-from .requests import NOT_READY, QUEUE_SECONDS, Lost, QueueFullError, Ticket, UnavailableError
+from .requests import QueueFullError, UnavailableError
 from .supervisor import Supervisor
+from .tickets import NOT_READY, Paused, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -76,68 +77,41 @@ class PublicApi:
         command = asked.generate(shape.id)
         self._check_model(asked.model)
         with _admission():
-            ticket = broker.enter(command)
-        started = time.monotonic()
+            ticket = broker.enter(command, asked.model)
         try:
-            await _dispatched(ticket)
+            await dispatched(broker, ticket)
             if asked.stream:
-                return await self._stream(request, ticket, shape, usage, started)
-            return await self._whole(ticket, shape, started)
+                return await self._stream(request, ticket, shape, usage)
+            return await self._whole(ticket, shape)
         finally:
             # Also when the client left: the handler is cancelled then.
             broker.leave(ticket)
-            self._metrics.duration.observe(time.monotonic() - started)
 
-    async def _whole(self, ticket: Ticket, shape: Shape, started: float) -> web.Response:
+    async def _whole(self, ticket: Ticket, shape: Shape) -> web.Response:
         text: list[str] = []
-        async for answer in self._answers(ticket, started):
-            if isinstance(answer, channel.Delta):
-                text.append(answer.text)
-            else:
-                return web.json_response(shape.whole("".join(text), answer))
+        async for answer in answers(ticket):
+            match answer:
+                case channel.Delta():
+                    text.append(answer.text)
+                case channel.Finished():
+                    return web.json_response(shape.whole("".join(text), answer))
         raise ApiError(500, "the engine ended the answer without a word", code="internal_error")
 
-    async def _stream(
-        self, request: web.Request, ticket: Ticket, shape: Shape, usage: bool, started: float
-    ) -> web.StreamResponse:
-        answers = self._answers(ticket, started)
-        first = await anext(answers)  # what is refused is refused with a status, before any stream begins
+    async def _stream(self, request: web.Request, ticket: Ticket, shape: Shape, usage: bool) -> web.StreamResponse:
+        told = answers(ticket)
+        # What is refused is refused with a status, before any stream begins: also what no engine has begun with.
+        first = await anext(answer async for answer in told if ticket.begun or not isinstance(answer, Paused))
         response = web.StreamResponse(headers=_EVENT_STREAM)
         await response.prepare(request)
         try:
             try:
-                await _tell(response, first, answers, shape, usage)
+                await _tell(response, first, told, shape, usage)
             except ApiError as error:
                 # The status line is gone: an error event is the honest end, and no [DONE] after it.
                 await _send(response, error.body())
         except (SlowClientError, ConnectionError) as error:
             log.info("a client left its stream: %s", error or type(error).__name__)
         return response
-
-    async def _answers(self, ticket: Ticket, started: float) -> AsyncIterator[channel.Delta | channel.Finished]:
-        """What the engine says, `Finished` last; raises `ApiError` for anything that ends it otherwise."""
-        first = True
-        while True:
-            answer = await ticket.answers.get()
-            match answer:
-                case channel.Accepted():
-                    continue
-                case channel.Refused():
-                    raise ApiError(answer.status, answer.message, code=answer.code, param=answer.param)
-                case Lost():
-                    raise ApiError(
-                        503, f"the model's runner failed while it answered: {answer.message}", code="runner_failed"
-                    )
-                case channel.Delta():
-                    if first:
-                        self._metrics.first_token.observe(time.monotonic() - started)
-                        first = False
-                    yield answer
-                case channel.Finished():
-                    self._metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
-                    self._metrics.tokens.labels("generated").inc(answer.completion_tokens)
-                    yield answer
-                    return
 
     # -- the rest
     async def models(self, request: web.Request) -> web.Response:
@@ -188,29 +162,35 @@ class PublicApi:
             response = ApiError(408, str(error), code="timeout").response()
         except web.HTTPException as error:
             response = _http_error(request, error).response()
-        self._metrics.requests.labels(endpoint, str(response.status)).inc()
+        self._metrics.http_requests.labels(endpoint, str(response.status)).inc()
+        if self._supervisor.machine.report.draining and not response.prepared:
+            response.force_close()  # the client's next request should find another pod
         return response
 
 
 async def _tell(
     response: web.StreamResponse,
-    first: channel.Delta | channel.Finished,
-    answers: AsyncIterator[channel.Delta | channel.Finished],
+    first: channel.Delta | channel.Finished | Paused,
+    told: AsyncIterator[channel.Delta | channel.Finished | Paused],
     shape: Shape,
     usage: bool,
 ) -> None:
-    """An answer as a stream of chunks, `[DONE]` last."""
+    """An answer as a stream of chunks, `[DONE]` last; a comment, which clients skip, while the group restarts."""
     for chunk in shape.opening(usage):
         await _send(response, chunk)
-    answer: channel.Delta | channel.Finished | None = first
-    while isinstance(answer, channel.Delta):
-        if answer.text:
-            await _send(response, shape.chunk(answer.text, usage))
-        answer = await anext(answers, None)
-    if answer is not None:
-        for chunk in shape.closing(answer, usage):
-            await _send(response, chunk)
-        await write(response, _DONE)
+    answer: channel.Delta | channel.Finished | Paused | None = first
+    while answer is not None:
+        match answer:
+            case channel.Delta():
+                if answer.text:
+                    await _send(response, shape.chunk(answer.text, usage))
+            case Paused():
+                await write(response, f": the group restarts, {answer.tokens} tokens given so far\n\n".encode())
+            case channel.Finished():
+                for chunk in shape.closing(answer, usage):
+                    await _send(response, chunk)
+                await write(response, _DONE)
+        answer = await anext(told, None)
 
 
 @contextlib.contextmanager
@@ -228,17 +208,6 @@ async def _json(request: web.Request) -> Any:
         return json.loads(await read_body(request))
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from error
-
-
-async def _dispatched(ticket: Ticket) -> None:
-    """Wait for a place, or for the next epoch of the group."""
-    try:
-        async with asyncio.timeout(QUEUE_SECONDS):
-            await ticket.dispatched
-    except TimeoutError as error:
-        raise ApiError(503, f"no place for this request within {QUEUE_SECONDS:g} s", code="queue_timeout") from error
-    except UnavailableError as error:
-        raise ApiError(503, str(error), code=NOT_READY) from error
 
 
 async def _send(response: web.StreamResponse, data: dict[str, Any]) -> None:

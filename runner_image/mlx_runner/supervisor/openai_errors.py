@@ -4,7 +4,7 @@ from typing import Any
 
 from aiohttp import web
 
-from .requests import RETRY_SECONDS
+from .tickets import RETRY_SECONDS
 
 _RETRIED = frozenset({429, 503})
 _TYPES = {404: "invalid_request_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}

@@ -20,12 +20,14 @@ from mlx_runner import channel
 from mlx_runner.progress import Phase
 
 from . import diagnosis, evidence, ring
+from .blame import verdict
 from .config import Config
 from .diagnosis import Diagnosis
 from .engine_process import EngineProcess
 from .engines import spare_bytes
 from .machine import Machine, utc_now
 from .requests import Broker
+from .tickets import ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -212,8 +214,12 @@ class Runner:
         peer: int | None = None,
         diagnostics: tuple[str, ...] = (),
         last_words: float = 0.0,
+        blamed: bool | None = False,
     ) -> None:
-        """This runner failed: tell it, fail its requests, kill the engine. Only the first failure counts."""
+        """This runner failed: tell it, hold its requests, kill the engine. Only the first failure counts.
+
+        `blamed`: the engine did it by itself, perhaps because of a request. None: that is not known yet.
+        """
         if self._ended:
             return
         self._ended = True
@@ -229,7 +235,7 @@ class Runner:
         )
         log.error(f"runner failed: reason={reason} epoch={self.epoch} state={failure.state} peer={peer}: {message}")
         if self._machine.fail(self.epoch, failure, peer):
-            self._broker.lose(message)
+            self._broker.lose(message, own_doing=blamed)
             if reason.retry is Retry.NEVER:
                 self._broker.give_up(message)
         self.retire(last_words)
@@ -259,7 +265,10 @@ class Runner:
 
     def _blame(self, found: Diagnosis, exit_: evidence.Exit | None = None) -> None:
         lines = exit_.stderr[1 - MAX_DIAGNOSTICS :] if exit_ else ()
-        self.fail(found.reason, found.message, exit_=exit_, peer=found.peer, diagnostics=lines)
+        blamed = exit_ is not None and verdict(
+            found.reason, signal=exit_.signal, abandoned=exit_.killed_for is not None
+        )
+        self.fail(found.reason, found.message, exit_=exit_, peer=found.peer, diagnostics=lines, blamed=blamed)
 
     # -- events of the engine
     def _on_event(self, event: channel.Event) -> None:
@@ -275,6 +284,7 @@ class Runner:
                     peer=event.peer,
                     diagnostics=event.diagnostics,
                     last_words=_LAST_WORDS_SECONDS,
+                    blamed=verdict(event.reason),
                 )
             case channel.Accepted() | channel.Refused() | channel.Delta() | channel.Finished():
                 self._broker.deliver(event)
@@ -307,8 +317,18 @@ class Runner:
             case channel.WarmedUp():
                 self._machine.complete(self.epoch, name)
                 if self.engine is not None and self._config.rank == 0:
-                    self._broker.open(self.engine.send, self.facts.serving)
+                    self._broker.open(
+                        self.engine.send,
+                        self.facts.serving,
+                        model=self._served(),
+                        resume_seconds=self.facts.deadlines.resume,
+                    )
                 self._on_ready()
+
+    def _served(self) -> ServedModel:
+        model = self._machine.report.model
+        facts = self.facts
+        return ServedModel(facts.served_name, facts.source, facts.adapter, model.digest if model else None)
 
     # -- deadlines
     def _command(self, command: channel.Command, seconds: float, reason: Reason) -> None:

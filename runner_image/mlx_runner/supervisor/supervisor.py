@@ -18,12 +18,14 @@ from mlx_operator_api.tasks import (
     Shutdown,
     StartWarmup,
     TaskAnswer,
+    TaskPhase,
     TaskRequest,
 )
 from mlx_runner.download import result
 from mlx_runner.download.request import Request
-from mlx_runner.progress import Phase
+from mlx_runner.progress import Phase, Snapshot
 
+from .blame import explained
 from .cgroup import Cgroup
 from .config import Config
 from .downloading import download
@@ -91,6 +93,12 @@ class Supervisor:
         engine = self.runner.engine if self.runner else None
         return self.machine.heartbeat(engine.progress.steps if engine else 0)
 
+    @property
+    def held(self) -> Snapshot | None:
+        """What the living engine of this epoch last wrote about itself."""
+        engine = self.runner.engine if self.runner else None
+        return engine.progress if engine is not None and engine.alive else None
+
     # -- tasks
     def handle(self, request: TaskRequest) -> TaskAnswer:
         """Decide on a task and start it; never waits.
@@ -104,6 +112,8 @@ class Supervisor:
         offer = self.machine.offer(request)
         if offer.run:
             self._run(request)
+        if isinstance(request.task, Shutdown) and request.task.final and offer.outcome.phase is not TaskPhase.REJECTED:
+            self.broker.give_up("see the instance's status")
         return TaskAnswer(outcome=offer.outcome, report=self.machine.report)
 
     def _check(self, request: TaskRequest) -> None:
@@ -154,6 +164,8 @@ class Supervisor:
     def _create(self, epoch: int, facts: CreateRunner) -> None:
         old = self.runner
         self.broker.lose(f"epoch {epoch} of the group starts")
+        if old is not None:
+            self.broker.explain(own_doing=explained(facts.cause, old.epoch))
         if old is not None:
             old.retire()
         self.runner = Runner(
