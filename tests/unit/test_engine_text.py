@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_runner.channel import Accepted, Cancel, Delta, Event, Finished, Generate, Refused
-from mlx_runner.engine.requests import CancelRow, Limits, Requests
+from mlx_runner.engine.prepare import Limits
+from mlx_runner.engine.requests import CancelRow, Requests
+from mlx_runner.engine.sampler import Parameters, RowSampler
 from mlx_runner.engine.scheduler import Emission, Row
 from mlx_runner.engine.text import Detokenizer, PromptError, StopStrings, Tokenizer
 
@@ -26,6 +28,9 @@ class Bytes:
 
     def decode(self, tokens: Sequence[int], **_: Any) -> str:
         return bytes(token for token in tokens if token < EOS).decode(errors="replace")
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
 
 
 TOKENIZER = Tokenizer(Bytes(), 257, frozenset({EOS}))
@@ -107,7 +112,7 @@ def test_a_request_becomes_a_row_and_its_tokens_text() -> None:
     desk.ask(max_tokens=9, temperature=0.5, top_p=0.9, seed=3)
     assert desk.said == [Accepted(id="r", prompt_tokens=3)]
     (row,) = desk.submitted
-    assert row == Row(1, tuple(b"abc"), 9, temperature=0.5, top_p=0.9, seed=3)
+    assert row == Row(1, tuple(b"abc"), 9, RowSampler(Parameters(0.5, 0.9, seed=3), position=3))
     desk.answer(*"né".encode(), EOS, finish="stop")
     assert desk.text == "né"
     assert [event.tokens for event in desk.said if isinstance(event, Delta)][-1] == (EOS,)
@@ -181,7 +186,8 @@ def test_an_answer_that_was_cut_anywhere_goes_on_to_the_same_text_and_the_same_e
 def test_the_row_of_a_resumed_answer_begins_after_the_tokens_that_were_given() -> None:
     desk = Desk()
     desk.ask(max_tokens=9, seed=3, resume=tuple(b"xy"))
-    assert desk.submitted == [Row(1, tuple(b"abcxy"), 9, temperature=1.0, seed=3, given=2)]
+    sampler = RowSampler(Parameters(1.0, seed=3), position=5)
+    assert desk.submitted == [Row(1, tuple(b"abcxy"), 9, sampler, given=2)]
     assert desk.said == [Accepted(id="r", prompt_tokens=3)], "what the client has is not said again"
 
 

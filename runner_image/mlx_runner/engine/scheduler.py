@@ -6,11 +6,11 @@ decode step; so a long prompt delays the others by one chunk at a time, and a sh
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from . import frames
-from .sampler import Choice
+from .sampler import Logprobs, RowSampler
 
 CHUNK_TOKENS = 256
 """Positions that one frame prefills at most."""
@@ -31,9 +31,8 @@ class Row:
     uid: int
     prompt: tuple[int, ...]
     max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    sampler: RowSampler = field(default_factory=RowSampler)
+    """How its next token is chosen; only carried here."""
     ignore_eos: bool = False
     given: int = 0
     generated: int = 0
@@ -45,11 +44,6 @@ class Row:
             what = f"{self.given} tokens given, {self.max_tokens} at most, a prompt of {len(self.prompt)} with them"
             raise ValueError(f"nothing to generate for row {self.uid}: {what}")
 
-    @property
-    def choice(self) -> Choice:
-        """How its next token is chosen. Its position is the same as if the answer had not been interrupted."""
-        return Choice(self.temperature, self.top_p, self.seed, len(self.prompt) + self.generated)
-
 
 @dataclass(frozen=True, slots=True)
 class Emission:
@@ -58,6 +52,7 @@ class Emission:
     uid: int
     token: int | None = None
     finish: FinishReason | None = None
+    logprobs: Logprobs | None = None
 
 
 class Scheduler:
@@ -73,9 +68,9 @@ class Scheduler:
         self._step_planned = False
 
     @property
-    def choices(self) -> tuple[Choice, ...]:
+    def choices(self) -> tuple[RowSampler, ...]:
         """How the rows of the planned step are sampled, in its order."""
-        return tuple(row.choice for row in self._rows)
+        return tuple(row.sampler for row in self._rows)
 
     def submit(self, row: Row) -> None:
         """Take a row in; it waits for a place."""
@@ -104,12 +99,12 @@ class Scheduler:
             row.generated += 1
             finish = self._finish(row, token)
             row.done = finish is not None
-            emissions.append(Emission(row.uid, token, finish))
+            emissions.append(Emission(row.uid, token, finish, row.sampler.logprobs))
         self._next = list(tokens)
         return emissions
 
     def _finish(self, row: Row, token: int) -> FinishReason | None:
-        if token in self._eos and not row.ignore_eos:
+        if (token in self._eos and not row.ignore_eos) or row.sampler.ended:
             return "stop"
         return "length" if row.given + row.generated >= row.max_tokens else None
 

@@ -18,7 +18,8 @@ from .group import Former, Group
 from .hidden import HiddenIn, HiddenOut
 from .leader import Leader
 from .pipeline import Stage
-from .requests import Limits, Requests
+from .prepare import Limits
+from .requests import Requests
 from .scheduler import Emission, Scheduler
 from .text import load_tokenizer
 from .worker import WarmUpGate, Worker
@@ -27,6 +28,10 @@ _FRAMES_AHEAD = 3
 """In a pipeline the stages prefill several chunks of a long prompt at the same time."""
 _WORKER_GOODBYE_SECONDS = 0.8
 """A worker that is sent home waits this long for rank 0's own goodbye, which ends the whole group in good order."""
+
+
+Order = channel.Warmup | channel.Generate | channel.Tokenize | channel.Detokenize | channel.Cancel | channel.Goodbye
+"""What a rank that has loaded may be told."""
 
 
 class Process(Protocol):
@@ -57,7 +62,7 @@ class Server(Protocol):
 
     loaded: channel.Loaded
 
-    def put(self, command: channel.Warmup | channel.Generate | channel.Cancel | channel.Goodbye) -> None:
+    def put(self, command: Order) -> None:
         """A command, from the thread that reads them."""
 
     def run(self) -> None:
@@ -136,7 +141,7 @@ class WorkerServer:
         self._gate = gate
         self._ending = ending
 
-    def put(self, command: channel.Warmup | channel.Generate | channel.Cancel | channel.Goodbye) -> None:
+    def put(self, command: Order) -> None:
         """Warm-up and goodbye; requests are rank 0's."""
         match command:
             case channel.Warmup():
@@ -182,10 +187,10 @@ class LeaderServer:
         if emissions:
             self._requests.put(emissions)
 
-    def put(self, command: channel.Warmup | channel.Generate | channel.Cancel | channel.Goodbye) -> None:
+    def put(self, command: Order) -> None:
         """Requests go to the text thread, the rest to the loop."""
         match command:
-            case channel.Generate() | channel.Cancel():
+            case channel.Generate() | channel.Tokenize() | channel.Detokenize() | channel.Cancel():
                 self._requests.put(command)
             case channel.Goodbye():
                 self._ending.start_leaving()
