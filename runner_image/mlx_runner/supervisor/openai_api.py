@@ -1,32 +1,25 @@
 """The public API on rank 0: OpenAI's chat completions and completions, plain and as a stream."""
 
-import contextlib
 import json
-import logging
 import time
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from aiohttp import web
 
-from mlx_runner import channel
-
-from .answers import answers, dispatched
 from .control import readiness
-from .http import SlowClientError, read_body, write
+from .generation import admission, generate
+from .http import SlowClientError, read_body
 from .metrics import Metrics
+from .openai_chat import ChatRequest, parse_chat
 from .openai_errors import ApiError
-from .openai_models import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from .openai_models import CompletionRequest, parse_completion
 from .openai_shapes import Chat, Completion, Shape
-from .requests import QueueFullError, UnavailableError
 from .supervisor import Supervisor
-from .tickets import NOT_READY, Paused, Ticket
-
-log = logging.getLogger(__name__)
+from .tickets import NOT_READY
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
-_EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-_DONE = b"data: [DONE]\n\n"
+MAX_DEPTH = 64
+"""Of the JSON; what is nested deeper is nobody's request."""
 
 
 class PublicApi:
@@ -56,62 +49,26 @@ class PublicApi:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/chat/completions`."""
         asked = parse_chat(await self._body(request))
-        return await self._generate(request, asked, Chat(asked.model))
+        return await self._generate(request, asked, Chat(asked.form()))
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/completions`."""
         asked = parse_completion(await self._body(request))
-        return await self._generate(request, asked, Completion(asked.model))
+        return await self._generate(request, asked, Completion(asked.form()))
 
     async def _body(self, request: web.Request) -> Any:
         """The JSON; not even read where the request would not be taken in."""
-        with _admission():
+        with admission():
             self._supervisor.broker.admit()
         return await _json(request)
 
     async def _generate(
         self, request: web.Request, asked: ChatRequest | CompletionRequest, shape: Shape
     ) -> web.StreamResponse:
-        broker = self._supervisor.broker
-        usage = asked.include_usage()
-        command = asked.generate(shape.id)
+        commands = asked.rows(shape.id)
         self._check_model(asked.model)
-        with _admission():
-            ticket = broker.enter(command, asked.model)
-        try:
-            await dispatched(broker, ticket)
-            if asked.stream:
-                return await self._stream(request, ticket, shape, usage)
-            return await self._whole(ticket, shape)
-        finally:
-            # Also when the client left: the handler is cancelled then.
-            broker.leave(ticket)
-
-    async def _whole(self, ticket: Ticket, shape: Shape) -> web.Response:
-        text: list[str] = []
-        async for answer in answers(ticket):
-            match answer:
-                case channel.Delta():
-                    text.append(answer.text)
-                case channel.Finished():
-                    return web.json_response(shape.whole("".join(text), answer))
-        raise ApiError(500, "the engine ended the answer without a word", code="internal_error")
-
-    async def _stream(self, request: web.Request, ticket: Ticket, shape: Shape, usage: bool) -> web.StreamResponse:
-        told = answers(ticket)
-        # What is refused is refused with a status, before any stream begins: also what no engine has begun with.
-        first = await anext(answer async for answer in told if ticket.begun or not isinstance(answer, Paused))
-        response = web.StreamResponse(headers=_EVENT_STREAM)
-        await response.prepare(request)
-        try:
-            try:
-                await _tell(response, first, told, shape, usage)
-            except ApiError as error:
-                # The status line is gone: an error event is the honest end, and no [DONE] after it.
-                await _send(response, error.body())
-        except (SlowClientError, ConnectionError) as error:
-            log.info("a client left its stream: %s", error or type(error).__name__)
-        return response
+        broker = self._supervisor.broker
+        return await generate(request, broker, commands, asked.model, shape, stream=bool(asked.stream))
 
     # -- the rest
     async def models(self, request: web.Request) -> web.Response:
@@ -168,50 +125,32 @@ class PublicApi:
         return response
 
 
-async def _tell(
-    response: web.StreamResponse,
-    first: channel.Delta | channel.Finished | Paused,
-    told: AsyncIterator[channel.Delta | channel.Finished | Paused],
-    shape: Shape,
-    usage: bool,
-) -> None:
-    """An answer as a stream of chunks, `[DONE]` last; a comment, which clients skip, while the group restarts."""
-    for chunk in shape.opening(usage):
-        await _send(response, chunk)
-    answer: channel.Delta | channel.Finished | Paused | None = first
-    while answer is not None:
-        match answer:
-            case channel.Delta():
-                if answer.text:
-                    await _send(response, shape.chunk(answer.text, usage))
-            case Paused():
-                await write(response, f": the group restarts, {answer.tokens} tokens given so far\n\n".encode())
-            case channel.Finished():
-                for chunk in shape.closing(answer, usage):
-                    await _send(response, chunk)
-                await write(response, _DONE)
-        answer = await anext(told, None)
-
-
-@contextlib.contextmanager
-def _admission() -> Iterator[None]:
-    try:
-        yield
-    except UnavailableError as error:
-        raise ApiError(503, str(error), code=NOT_READY) from error
-    except QueueFullError as error:
-        raise ApiError(429, str(error), code="queue_full") from error
-
-
 async def _json(request: web.Request) -> Any:
     try:
-        return json.loads(await read_body(request))
+        body = json.loads(await read_body(request), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from error
+    if _deeper(body, MAX_DEPTH):
+        raise ApiError(400, f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
+    return body
 
 
-async def _send(response: web.StreamResponse, data: dict[str, Any]) -> None:
-    await write(response, b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n")
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _deeper(value: Any, limit: int) -> bool:
+    """Whether a value is nested deeper than that."""
+    level = [value]
+    for _ in range(limit):
+        level = [child for one in level if isinstance(one, dict | list) for child in _children(one)]
+        if not level:
+            return False
+    return True
+
+
+def _children(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _http_error(request: web.Request, error: web.HTTPException) -> ApiError:

@@ -63,6 +63,11 @@ class Broker:
         """Requests that wait for a place or for the next epoch."""
         return len(self._waiting)
 
+    @property
+    def capacity(self) -> int:
+        """Requests that may run and wait at once."""
+        return self._limits.max_concurrent_requests + self._limits.max_queue
+
     def refusal(self) -> str | None:
         """Why a new request would be answered 503; None when it is answered or held."""
         if self._closed is not None:
