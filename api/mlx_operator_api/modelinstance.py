@@ -21,6 +21,7 @@ from .fields import (
     Name,
     Opaque,
     Quantity,
+    SecretKey,
     ServedName,
 )
 from .names import GROUP, MAX_NAME_LENGTH, MAX_RUNNERS
@@ -39,6 +40,13 @@ class LocalReference(Lenient):
 
     name: Name
     """Its name."""
+
+
+class KeyReference(LocalReference):
+    """A key of a Secret in the same namespace."""
+
+    key: SecretKey | None = None
+    """Default: api-key."""
 
 
 class Model(Lenient):
@@ -219,11 +227,9 @@ class Serving(Lenient):
         Field(ge=0, json_schema_extra={"format": "int64", **_refused("remove it, no memory is kept for prompts")}),
     ] = None
     """Memory for reusing prompts. Not supported by this release."""
-    api_key_secret_ref: Annotated[
-        LocalReference | None,
-        Field(json_schema_extra=_refused("remove it and keep the Service behind a NetworkPolicy or gateway")),
-    ] = None
-    """Secret whose key `apiKey` clients must send as a bearer token. Not supported by this release."""
+    api_key_secret_ref: KeyReference | None = None
+    """Secret with the API keys, one a line, of which clients must send one as a bearer token. Changes of the Secret are
+    followed without a restart. Default: whoever reaches the Service may use the model."""
 
     def options(self) -> ServingOptions:
         """With defaults, as the runner gets them."""

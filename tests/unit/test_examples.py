@@ -21,7 +21,7 @@ from mlx_operator_api.tasks import ServingOptions
 
 EXAMPLES = sorted((pathlib.Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
 EXCLUDED = {".cache.sizeLimit"}  # excludes claimName
-REFUSED = {".serving.promptCacheBytes", ".serving.apiKeySecretRef"}
+REFUSED = {".serving.promptCacheBytes"}
 
 
 def load(name: str) -> dict[str, Any]:

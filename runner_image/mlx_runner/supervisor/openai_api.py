@@ -1,11 +1,16 @@
-"""The public API on rank 0: OpenAI's chat completions and completions, plain and as a stream."""
+"""The public API on rank 0: OpenAI's endpoints that generate text, plain and as a stream, and what belongs to them."""
 
 import json
 import time
+import uuid
 from typing import Any
 
 from aiohttp import web
 
+from mlx_runner import channel
+
+from . import openapi
+from .api_keys import ApiKeys
 from .control import readiness
 from .generation import admission, generate
 from .http import SlowClientError, read_body
@@ -13,11 +18,17 @@ from .metrics import Metrics
 from .openai_chat import ChatRequest, parse_chat
 from .openai_errors import ApiError
 from .openai_models import CompletionRequest, parse_completion
+from .openai_responses import ResponsesRequest, parse_responses
 from .openai_shapes import Chat, Completion, Shape
+from .openai_tokens import parse_detokenize, parse_tokenize, tokenized
+from .questions import Question, QuestionLostError
+from .response_shapes import Response
 from .supervisor import Supervisor
 from .tickets import NOT_READY
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
+_PROTECTED = ("/v1/", "/tokenize", "/detokenize")
+"""Paths that an API key is for. Probes, metrics and the description of the API stay open."""
 MAX_DEPTH = 64
 """Of the JSON; what is nested deeper is nobody's request."""
 
@@ -28,6 +39,7 @@ class PublicApi:
     def __init__(self, supervisor: Supervisor, metrics: Metrics) -> None:
         self._supervisor = supervisor
         self._metrics = metrics
+        self._keys = ApiKeys(supervisor.config.api_key_file)
 
     def app(self) -> web.Application:
         """The application."""
@@ -36,6 +48,10 @@ class PublicApi:
             [
                 web.post("/v1/chat/completions", self.chat),
                 web.post("/v1/completions", self.completions),
+                web.post("/v1/responses", self.responses),
+                web.post("/tokenize", self.tokenize),
+                web.post("/detokenize", self.detokenize),
+                web.get("/openapi.json", self.openapi),
                 web.get("/v1/models", self.models),
                 web.get("/v1/models/{id:.+}", self.model),
                 web.get("/healthz", self.healthz),
@@ -56,6 +72,34 @@ class PublicApi:
         asked = parse_completion(await self._body(request))
         return await self._generate(request, asked, Completion(asked.form()))
 
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/responses`."""
+        asked = parse_responses(await self._body(request))
+        return await self._generate(request, asked, Response(asked))
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """`POST /tokenize`."""
+        asked = parse_tokenize(await self._body(request))
+        answer = await self._ask(asked.model, asked.question(f"tokenize-{uuid.uuid4().hex}"))
+        return web.json_response(tokenized(answer) if isinstance(answer, channel.Tokenized) else {})
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        """`POST /detokenize`."""
+        asked = parse_detokenize(await self._body(request))
+        answer = await self._ask(asked.model, asked.question(f"detokenize-{uuid.uuid4().hex}"))
+        return web.json_response({"prompt": answer.prompt} if isinstance(answer, channel.Detokenized) else {})
+
+    async def _ask(self, model: str | None, question: Question) -> channel.Tokenized | channel.Detokenized:
+        if model is not None:
+            self._check_model(model)
+        try:
+            answer = await self._supervisor.broker.questions.ask(question)
+        except QuestionLostError as error:
+            raise ApiError(503, str(error), code=NOT_READY) from error
+        if isinstance(answer, channel.Refused):
+            raise ApiError(answer.status, answer.message, code=answer.code, param=answer.param)
+        return answer
+
     async def _body(self, request: web.Request) -> Any:
         """The JSON; not even read where the request would not be taken in."""
         with admission():
@@ -63,7 +107,7 @@ class PublicApi:
         return await _json(request)
 
     async def _generate(
-        self, request: web.Request, asked: ChatRequest | CompletionRequest, shape: Shape
+        self, request: web.Request, asked: ChatRequest | CompletionRequest | ResponsesRequest, shape: Shape
     ) -> web.StreamResponse:
         commands = asked.rows(shape.id)
         self._check_model(asked.model)
@@ -80,6 +124,10 @@ class PublicApi:
         """`GET /v1/models/{id}`."""
         self._check_model(request.match_info["id"])
         return web.json_response(_model(request.match_info["id"]))
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """`GET /openapi.json`: the endpoints and their bodies, from the models that validate them."""
+        return web.json_response(openapi.document())
 
     async def healthz(self, request: web.Request) -> web.Response:
         """The supervisor lives."""
@@ -112,6 +160,8 @@ class PublicApi:
         endpoint = request.match_info.route.resource.canonical if request.match_info.route.resource else "other"
         response: web.StreamResponse
         try:
+            if request.path.startswith(_PROTECTED):
+                self._keys.check(request.headers.get("Authorization"))
             response = await handler(request)
         except ApiError as error:
             response = error.response()

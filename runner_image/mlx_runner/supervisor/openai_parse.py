@@ -30,7 +30,7 @@ TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
 class Strict(BaseModel):
     """A part of a body: unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class Body(Strict):

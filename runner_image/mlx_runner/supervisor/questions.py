@@ -47,7 +47,8 @@ class Questions:
         """
         if self._send is None:
             raise QuestionLostError("the model is not ready")
-        future = self._asked[question.id] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[QuestionAnswer] = asyncio.get_running_loop().create_future()
+        self._asked[question.id] = future
         try:
             self._send(question)
             async with asyncio.timeout(ANSWER_SECONDS):

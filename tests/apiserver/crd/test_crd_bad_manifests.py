@@ -285,15 +285,15 @@ CASES: list[tuple[dict[str, Any], str]] = [
             "spec.serving.maxConcurrentRequests in body should be greater than or equal to 1",
         ),
     ),
-    # -- what a later release will do: never accepted and ignored
     (
-        {"serving": {"apiKeySecretRef": {"name": "api-key"}}},
+        {"serving": {"apiKeySecretRef": {"name": "keys", "key": "no/key"}}},
         value(
-            "spec.serving.apiKeySecretRef",
-            "",
-            "not supported by this release: remove it and keep the Service behind a NetworkPolicy or gateway",
+            "spec.serving.apiKeySecretRef.key",
+            "no/key",
+            "is no key of a Secret: use letters, digits, -, _ and .",
         ),
     ),
+    # -- what a later release will do: never accepted and ignored
     (
         {"serving": {"promptCacheBytes": 0}},
         value(
