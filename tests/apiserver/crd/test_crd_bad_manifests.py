@@ -287,7 +287,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"serving": {"apiKeySecretRef": {"name": "keys", "key": "no/key"}}},
-        value(
+        text(
             "spec.serving.apiKeySecretRef.key",
             "no/key",
             "is no key of a Secret: use letters, digits, -, _ and .",
