@@ -9,24 +9,30 @@ import re
 import sys
 from collections.abc import Sequence
 
-from docs import faulttable, metrics, pages
+from docs import endpoints, faulttable, metrics, pages
 from mlx_operator_api import crd
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(r"(?P<begin><!-- generated: (?P<name>[a-z]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
-_BLOCKS = {"transitions": pages.transitions, "states": pages.states, "ports": pages.ports}
+_BLOCKS = {
+    "transitions": pages.transitions,
+    "states": pages.states,
+    "ports": pages.ports,
+    "endpoints": endpoints.endpoints,
+    "fields": endpoints.fields,
+}
 
 
 def files() -> dict[pathlib.Path, str]:
     """Every generated file with its text."""
-    architecture = ROOT / "docs" / "architecture.md"
+    filled_pages = [ROOT / "docs" / name for name in ("architecture.md", "serving.md")]
     return {
         **{ROOT / directory / crd.FILE: crd.text() for directory in crd.DIRECTORIES},
         ROOT / "docs" / "troubleshooting.md": pages.troubleshooting(),
         ROOT / "docs" / "api.md": pages.api(),
         ROOT / "docs" / "faults.md": faulttable.text(),
         ROOT / "docs" / "metrics.md": metrics.page(),
-        architecture: filled(architecture.read_text(encoding="utf-8")),
+        **{page: filled(page.read_text(encoding="utf-8")) for page in filled_pages},
     }
 
 

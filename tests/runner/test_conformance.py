@@ -161,13 +161,13 @@ async def test_a_forced_tool_call_is_parsed_whole_and_as_a_stream(ai: openai.Asy
     }
     done = await ai.chat.completions.parse(**asked)
     assert done.choices[0].finish_reason == "tool_calls"
-    (call,) = done.choices[0].message.tool_calls or ()
+    (call,) = done.choices[0].message.tool_calls or []
     assert isinstance(call.function.parsed_arguments, Weather)
     async with ai.chat.completions.stream(**asked) as stream:
         events = [event.type async for event in stream]
         final = await stream.get_final_completion()
     assert "tool_calls.function.arguments.done" in events
-    (streamed,) = final.choices[0].message.tool_calls or ()
+    (streamed,) = final.choices[0].message.tool_calls or []
     assert streamed.function.arguments == call.function.arguments
     answer = [
         *HELLO,
@@ -179,7 +179,7 @@ async def test_a_forced_tool_call_is_parsed_whole_and_as_a_stream(ai: openai.Asy
         messages=answer,
         tools=[tool],
         max_tokens=3,
-        extra_body=QUIET,  # type: ignore[arg-type]
+        extra_body=QUIET,
     )
     assert after.choices[0].message.content is not None
 
@@ -242,11 +242,12 @@ async def test_tokens_of_a_prompt_and_of_a_conversation(served: Group) -> None:
     assert await post("/detokenize", {"tokens": found["tokens"]}) == (200, {"prompt": "the runner"})
     status, chat = await post("/tokenize", {"messages": HELLO})
     assert status == 200 and chat["count"] > found["count"]
-    for path, body, param in [
+    wrong: list[tuple[str, dict[str, Any], str]] = [
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "x", "colour": 1}, "colour"),
         ("/detokenize", {"tokens": [10**6]}, "tokens"),
-    ]:
+    ]
+    for path, body, param in wrong:
         status, answer = await post(path, body)
         assert (status, answer["error"]["param"]) == (400, param)
 
