@@ -12,7 +12,7 @@ from aiohttp import web
 from mlx_runner import channel
 
 from .answers import answers, dispatched
-from .http import SlowClientError, write
+from .http import SlowClientError, drop, write
 from .openai_errors import ApiError, invalid
 from .openai_shapes import Shape
 from .requests import Broker, QueueFullError, UnavailableError
@@ -127,7 +127,10 @@ async def _stream(
         except ApiError as error:
             # The status line is gone: an error event is the honest end, and no [DONE] after it.
             await send(response, shape.broken(error))
-    except (SlowClientError, ConnectionError) as error:
+    except SlowClientError as error:
+        log.info("a client was dropped from its stream: %s", error)
+        drop(request)
+    except ConnectionError as error:
         log.info("a client left its stream: %s", error or type(error).__name__)
     return response
 

@@ -217,6 +217,7 @@ def usage(rows: list[Row], n: int) -> Json:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in finished[::n])},
         "completion_tokens_details": {"reasoning_tokens": sum(one.reasoning_tokens for one in finished)},
     }
 

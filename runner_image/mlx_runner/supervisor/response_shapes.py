@@ -157,7 +157,7 @@ def _part(kind: str, text: str) -> Json:
 def _usage(finished: channel.Finished) -> Json:
     return {
         "input_tokens": finished.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": finished.cached_tokens},
         "output_tokens": finished.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": finished.reasoning_tokens},
         "total_tokens": finished.prompt_tokens + finished.completion_tokens,
