@@ -170,6 +170,7 @@ def test_what_the_model_thinks_is_free_and_the_grammar_is_for_the_answer(thinker
 def test_the_template_says_what_can_be_asked_of_it(thinker: Ranks, single: Ranks) -> None:
     cases: list[tuple[Rank, dict[str, Any], str]] = [
         (thinker[0], {"template_options": {"colour": 1}}, "chat_template_kwargs.colour"),
+        (thinker[0], {"template_options": {"tools": []}}, "chat_template_kwargs.tools"),
         (thinker[0], {"reasoning_effort": "high"}, "reasoning_effort"),
         (single[0], {"template_options": {}, "tools": (WEATHER,)}, "tools"),
         (single[0], {"template_options": {}, "reasoning_effort": "none"}, "reasoning_effort"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tool_parsers import json_tools, mistral, qwen3_coder
 
@@ -177,6 +177,7 @@ PARTS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(PARTS, st.randoms())
 def test_the_pieces_do_not_depend_on_how_the_text_is_cut(parts: list[str], random: Any) -> None:
     text = "".join(parts)

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_runner.engine.sampler import Parameters, RowSampler, key, sample
@@ -93,6 +93,7 @@ FEATURES: list[dict[str, Any]] = [
 ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(FEATURES), st.sampled_from([0.0, 0.8, 1.5])), min_size=1, max_size=6))
 def test_what_a_row_asks_for_changes_no_other(asked: list[tuple[dict[str, Any], float]]) -> None:
     rows = []

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_runner.channel import Accepted, Cancel, Delta, Event, Finished, Generate, Refused
@@ -36,6 +36,7 @@ class Bytes:
 TOKENIZER = Tokenizer(Bytes(), 257, frozenset({EOS}))
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_the_pieces_are_the_text_and_no_piece_is_half_a_character(text: str) -> None:
     detokenizer = Detokenizer(TOKENIZER)
@@ -45,6 +46,7 @@ def test_the_pieces_are_the_text_and_no_piece_is_half_a_character(text: str) -> 
         assert not any("\ufffd" in piece for piece in pieces)
 
 
+@settings(deadline=None)
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.randoms())
 def test_a_text_ends_before_its_first_stop_string_however_it_is_cut(text: str, stops: list[str], random: Any) -> None:
     ends = [at for at in (text.find(stop) for stop in stops) if at >= 0]
@@ -164,6 +166,7 @@ def run(desk: Desk, tokens: Sequence[int], max_tokens: int, **options: Any) -> l
     return desk.said[1:]
 
 
+@settings(deadline=None)
 @given(
     text=st.text("ab\u00e9\U0001f600", max_size=12),
     stops=st.lists(st.text("ab\u00e9", min_size=1, max_size=3), max_size=2),

@@ -7,6 +7,7 @@ import pytest
 from mlx_runner.supervisor.openai_chat import parse_chat
 from mlx_runner.supervisor.openai_errors import ApiError
 from mlx_runner.supervisor.openai_models import parse_completion
+from mlx_runner.supervisor.openai_tokens import parse_tokenize
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -277,3 +278,23 @@ def test_a_conversation_with_calls_is_for_templates_that_take_arguments_as_objec
         },
         {"role": "tool", "content": "3", "tool_call_id": "1"},
     )
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "x", "messages": CHAT["messages"]}, "prompt"),
+        ({"prompt": "x", "tools": [TOOL]}, "tools"),
+        ({"prompt": "x", "add_generation_prompt": False}, "add_generation_prompt"),
+        ({"messages": CHAT["messages"], "add_special_tokens": True}, "add_special_tokens"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused_by_tokenize(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_tokenize(body)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_a_conversation_to_tokenize_may_say_that_its_template_writes_the_special_tokens() -> None:
+    parse_tokenize({"messages": CHAT["messages"], "add_special_tokens": False, "tools": [TOOL]})

@@ -13,6 +13,11 @@ from .sampler import Parameters, RowSampler
 from .text import PromptError, Tokenizer
 
 UNSUPPORTED = "unsupported_parameter"
+_OURS = frozenset(
+    {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "messages"}
+    | {"max_length", "padding", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation"}
+)
+"""Arguments of the template's renderer, which are no variables of a template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,7 @@ class Preparer:
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         for name in options:
-            if not self._tokenizer.takes(name):
+            if name in _OURS or not self._tokenizer.takes(name):
                 param = f"chat_template_kwargs.{name}"
                 message = f"{param} is not supported: the model's chat template has no such variable"
                 raise PromptError(message, code=UNSUPPORTED, param=param)

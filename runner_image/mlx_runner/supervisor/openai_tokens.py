@@ -31,6 +31,11 @@ class TokenizeRequest(Body):
     def _check(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise wrong("prompt", "give prompt or messages")
+        for name in ("tools", "chat_template_kwargs", "add_generation_prompt"):
+            if self.prompt is not None and name in self.model_fields_set:
+                raise wrong(name, "only allowed with messages")
+        if self.messages is not None and self.add_special_tokens and "add_special_tokens" in self.model_fields_set:
+            raise wrong("add_special_tokens", "only allowed with prompt: a chat template writes them itself")
         return self
 
     def question(self, question_id: str) -> channel.Tokenize:
