@@ -9,17 +9,24 @@ import re
 import sys
 from collections.abc import Sequence
 
-from docs import faulttable, metrics, pages
+from docs import endpoints, faulttable, metrics, pages
 from mlx_operator_api import crd
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(r"(?P<begin><!-- generated: (?P<name>[a-z]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
-_BLOCKS = {"transitions": pages.transitions, "states": pages.states, "ports": pages.ports, "models": pages.models}
+_BLOCKS = {
+    "transitions": pages.transitions,
+    "states": pages.states,
+    "ports": pages.ports,
+    "models": pages.models,
+    "endpoints": endpoints.endpoints,
+    "fields": endpoints.fields,
+}
 
 
 def files() -> dict[pathlib.Path, str]:
     """Every generated file with its text."""
-    filled_in = [ROOT / "docs" / name for name in ("architecture.md", "models.md")]
+    filled_in = [ROOT / "docs" / name for name in ("architecture.md", "models.md", "serving.md")]
     return {
         **{ROOT / directory / crd.FILE: crd.text() for directory in crd.DIRECTORIES},
         ROOT / "docs" / "troubleshooting.md": pages.troubleshooting(),

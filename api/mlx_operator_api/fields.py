@@ -100,6 +100,16 @@ AdapterSource = Annotated[
         ),
     ),
 ]
+SecretKey = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=253,
+        json_schema_extra=text_rule(
+            "self.matches('^[-._a-zA-Z0-9]+$')", "is no key of a Secret: use letters, digits, -, _ and ."
+        ),
+    ),
+]
 ServedName = Annotated[
     str,
     Field(

@@ -22,6 +22,7 @@ from .fields import (
     Name,
     Opaque,
     Quantity,
+    SecretKey,
     ServedName,
 )
 from .names import GROUP, MAX_NAME_LENGTH, MAX_RUNNERS
@@ -47,6 +48,13 @@ class Adapter(Lenient):
 
     source: AdapterSource
     """Where it is: `pvc://CLAIM/PATH` or `oci://IMAGE` (an image volume)."""
+
+
+class KeyReference(LocalReference):
+    """A key of a Secret in the same namespace."""
+
+    key: SecretKey | None = None
+    """Default: api-key."""
 
 
 class Model(Lenient):
@@ -208,11 +216,6 @@ class Cache(Lenient):
     fetched."""
 
 
-def _refused(remedy: str) -> dict[str, Any]:
-    """A field of a later release. Accepted and ignored, it would promise what nobody keeps."""
-    return cel(rule="false", message=f"not supported by this release: {remedy}")
-
-
 class Serving(Lenient):
     """Limits of the public API."""
 
@@ -228,11 +231,9 @@ class Serving(Lenient):
     """Memory of each runner for the keys and values of finished requests, so that a prompt that begins like one of them
     is computed only from where they differ; 0 turns it off. Default: a sixteenth of the runner's memory limit, at most
     1 GiB; 256 MiB without a limit."""
-    api_key_secret_ref: Annotated[
-        LocalReference | None,
-        Field(json_schema_extra=_refused("remove it and keep the Service behind a NetworkPolicy or gateway")),
-    ] = None
-    """Secret whose key `apiKey` clients must send as a bearer token. Not supported by this release."""
+    api_key_secret_ref: KeyReference | None = None
+    """Secret with the API keys, one a line, of which clients must send one as a bearer token. Changes of the Secret are
+    followed without a restart. Default: whoever reaches the Service may use the model."""
 
     def options(self) -> ServingOptions:
         """With defaults, as the runner gets them."""

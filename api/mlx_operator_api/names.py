@@ -47,6 +47,10 @@ CONTAINER = "runner"
 TOKEN_MOUNT = "/var/run/secrets/mlx-operator.dev"  # noqa: S105 (a path)
 """Where the instance's Secret is mounted in a runner pod; the key `token` holds the bearer token."""
 TOKEN_KEY = "token"  # noqa: S105 (the name of a key)
+API_KEY_MOUNT = "/var/run/secrets/mlx-api-keys"
+"""Where the Secret with the keys of clients is mounted in rank 0's pod."""
+API_KEY = "api-key"
+"""Default key of that Secret."""
 STATE_MOUNT = "/var/run/mlx-runner"
 """Small emptyDir that outlives the supervisor's process: its reports, for its successor."""
 MODEL_MOUNT = "/models/source"
@@ -79,6 +83,8 @@ ENV_STATE_DIR = "MLX_RUNNER_STATE_DIR"
 ENV_MODEL_DIR = "MLX_RUNNER_MODEL_DIR"
 ENV_ADAPTER_DIR = "MLX_RUNNER_ADAPTER_DIR"
 ENV_CACHE_DIR = "MLX_RUNNER_CACHE_DIR"
+ENV_API_KEY_FILE = "MLX_RUNNER_API_KEY_FILE"
+"""Keys of clients, one a line; without it everybody is let in."""
 
 
 def ring_port(epoch: int) -> int:

@@ -88,11 +88,54 @@ class Generate(Lenient):
     max_tokens: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    min_p: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int = 0
     resume: tuple[int, ...] = ()
     """Token ids of the answer that an engine gave before it was lost: the answer goes on after them, in the next
     `Delta`. They count in `Finished`."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """By token id."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    """How many alternatives each token is reported with; None: no logprobs."""
+    json_schema: dict[str, Any] | None = None
+    """What the answer must follow."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """OpenAI's, for the model's chat template."""
+    tool_choice: Literal["auto", "required"] = "auto"
+    tool_name: str | None = None
+    """With `required`: the one that must be called."""
+    parallel_tool_calls: bool = True
+    template_options: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the model's chat template, such as `enable_thinking`."""
+    reasoning_effort: str | None = None
+
+
+class Tokenize(Lenient):
+    """Tokens of a prompt (rank 0). Answered by `Tokenized` or `Refused`."""
+
+    kind: Literal["Tokenize"] = "Tokenize"
+    id: str
+    messages: tuple[dict[str, Any], ...] | None = None
+    prompt: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    template_options: dict[str, Any] = Field(default_factory=dict)
+    add_generation_prompt: bool = True
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class Detokenize(Lenient):
+    """Text of tokens (rank 0). Answered by `Detokenized` or `Refused`."""
+
+    kind: Literal["Detokenize"] = "Detokenize"
+    id: str
+    tokens: tuple[int, ...]
 
 
 class Cancel(Lenient):
@@ -108,7 +151,9 @@ class Goodbye(Lenient):
     kind: Literal["Goodbye"] = "Goodbye"
 
 
-Command = Annotated[Connect | Load | Warmup | Generate | Cancel | Goodbye, Field(discriminator="kind")]
+Command = Annotated[
+    Connect | Load | Warmup | Generate | Tokenize | Detokenize | Cancel | Goodbye, Field(discriminator="kind")
+]
 
 
 # -- engine → supervisor
@@ -184,6 +229,30 @@ class Refused(Lenient):
     message: str
 
 
+class Likelihood(Lenient):
+    """A token and its logprob. `bytes` is None where the token holds a part of a character."""
+
+    token: str
+    bytes: tuple[int, ...] | None = None
+    logprob: float
+
+
+class TokenLogprobs(Likelihood):
+    """A token of an answer, with the most likely alternatives."""
+
+    top: tuple[Likelihood, ...] = ()
+
+
+class ToolCall(Lenient):
+    """A call that the model has written out. `index` counts from 0 in an answer."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+    """JSON."""
+
+
 class Delta(Lenient):
     """New text of a request. `tokens` are the ids behind it (also when the text is still held back)."""
 
@@ -191,6 +260,11 @@ class Delta(Lenient):
     id: str
     text: str
     tokens: tuple[int, ...]
+    reasoning: str = ""
+    """Text between the model's think tokens; not part of `text`."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each of `tokens`, the end of a sequence aside, where they were asked for."""
 
 
 class Finished(Lenient):
@@ -198,11 +272,31 @@ class Finished(Lenient):
 
     kind: Literal["Finished"] = "Finished"
     id: str
-    finish_reason: Literal["stop", "length", "cancelled"]
+    finish_reason: Literal["stop", "length", "tool_calls", "cancelled"]
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
     """Of the prompt: taken from the prefix cache instead of being computed."""
+    reasoning_tokens: int = 0
+    """Of the completion tokens."""
+
+
+class Tokenized(Lenient):
+    """The tokens of a prompt."""
+
+    kind: Literal["Tokenized"] = "Tokenized"
+    id: str
+    tokens: tuple[int, ...]
+    max_model_len: int
+    token_strs: tuple[str, ...] | None = None
+
+
+class Detokenized(Lenient):
+    """The text of tokens."""
+
+    kind: Literal["Detokenized"] = "Detokenized"
+    id: str
+    prompt: str
 
 
 class Failure(Lenient):
@@ -236,6 +330,8 @@ Event = Annotated[
     | Refused
     | Delta
     | Finished
+    | Tokenized
+    | Detokenized
     | Failure
     | Notice,
     Field(discriminator="kind"),

@@ -78,9 +78,9 @@ def test_a_stop_string_and_a_character_of_many_bytes_may_lie_across_the_cut(lead
         raise AssertionError("no answer has a character of several bytes")
     at = answer.text.index(wide)
     stop = answer.text[at - 2 : at + 2]
-    free = cut_everywhere(leader, "wide", temperature=1.5, seed=seed)
+    free = cut_everywhere(leader, "cut-wide", temperature=1.5, seed=seed)
     assert wide in free.text
-    stopped = cut_everywhere(leader, "stopped", temperature=1.5, seed=seed, stop=(stop,))
+    stopped = cut_everywhere(leader, "cut-stopped", temperature=1.5, seed=seed, stop=(stop,))
     assert stopped.text == answer.text[: answer.text.index(stop)]
     assert stopped.finished is not None and stopped.finished.finish_reason == "stop"
 

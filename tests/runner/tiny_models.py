@@ -7,6 +7,7 @@ different things give different tokens.
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ TEMPLATE = (
     "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% if m.tool_calls %}{% for call in m.tool_calls %}{% set tool_call = call.function %}"
+    '<tool_call>\n{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking %}<think>\n{% endif %}{% endif %}"
+)
+"""In the manner of Qwen: tools as JSON, calls between markers, and thinking that can be turned off."""
+TOOLS_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
 
 def build(path: Path, architecture: str, *, seed: int = 0, **changes: Any) -> Path:
@@ -71,9 +83,9 @@ def write_weights(path: Path, weights: dict[str, Any], shards: int = 2) -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def write_tokenizer(path: Path) -> int:
-    """Byte-level BPE with a chat template; the id that ends an answer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def write_tokenizer(path: Path, template: str = TEMPLATE, added: Sequence[str] = ()) -> int:
+    """Byte-level BPE with a chat template; the id that ends an answer. `added`: tokens such as `<think>`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -85,12 +97,13 @@ def write_tokenizer(path: Path) -> int:
         show_progress=False,
     )
     tokenizer.train_from_iterator(["the runner holds one shard of the model and answers the request"] * 4, trainer)
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in added])
     tokenizer.save(str(path / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
-        "chat_template": TEMPLATE,
+        "chat_template": template,
         "model_max_length": CONTEXT,
         "clean_up_tokenization_spaces": False,
     }

@@ -8,6 +8,7 @@ import pytest
 from docs import generate, pages
 from mlx_operator_api.conditions import ConditionType, Reason, Retry
 from mlx_operator_api.runner import TaskName
+from mlx_runner.supervisor import openapi
 from mlx_runner.supervisor.config import Config
 from mlx_runner.supervisor.metrics import Metrics
 from mlx_runner.supervisor.supervisor import Supervisor
@@ -75,6 +76,17 @@ def test_the_metrics_page_has_every_metric_that_a_runner_prints_and_no_other() -
             assert not told or told == set(registry.labels[metric.name]), sample.name
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert sorted(printed) == sorted(re.findall(r"^\| `(\S+)` \| (\w+) \|", text, re.MULTILINE))
+
+
+def test_the_serving_page_has_every_endpoint_and_every_field_of_every_body() -> None:
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert text.count("<!-- generated: ") == text.count("<!-- end -->") == 2
+    for endpoint in openapi.ENDPOINTS:
+        assert f"`{endpoint.method.upper()} {endpoint.path}`" in text
+        for field in (
+            openapi.document()["components"]["schemas"][endpoint.body.__name__]["properties"] if endpoint.body else ()
+        ):
+            assert f"`{field}`" in text
 
 
 def test_a_block_that_nothing_generates_is_an_error() -> None:

@@ -305,11 +305,6 @@ def test_a_row_that_begins_in_the_middle_of_its_answer_goes_on_as_if_it_had_not_
     assert group.finished[1] == ("stop" if answer[-1] == EOS else "length")
 
 
-def test_the_position_of_a_token_counts_the_tokens_given_before_an_interruption() -> None:
-    whole, resumed = Row(1, (1, 2, 3), 9, generated=2), Row(1, (1, 2, 3, 8, 9), 9, given=2)
-    assert resumed.choice.position == whole.choice.position == 5
-
-
 @pytest.mark.parametrize("existing", [-1, 3, 4])
 def test_a_row_with_nothing_left_to_generate_is_a_mistake_of_its_caller(existing: int) -> None:
     with pytest.raises(ValueError, match=f"{existing} tokens given, 3 at most, a prompt of 5"):

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_runner.channel import Accepted, Cancel, Delta, Event, Finished, Generate, Refused
-from mlx_runner.engine.requests import CancelRow, Limits, Requests
+from mlx_runner.engine.prepare import Limits
+from mlx_runner.engine.requests import CancelRow, Requests
+from mlx_runner.engine.sampler import Parameters, RowSampler
 from mlx_runner.engine.scheduler import Emission, Row
 from mlx_runner.engine.text import Detokenizer, PromptError, StopStrings, Tokenizer
 
@@ -27,10 +29,14 @@ class Bytes:
     def decode(self, tokens: Sequence[int], **_: Any) -> str:
         return bytes(token for token in tokens if token < EOS).decode(errors="replace")
 
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
 
 TOKENIZER = Tokenizer(Bytes(), 257, frozenset({EOS}))
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_the_pieces_are_the_text_and_no_piece_is_half_a_character(text: str) -> None:
     detokenizer = Detokenizer(TOKENIZER)
@@ -40,6 +46,7 @@ def test_the_pieces_are_the_text_and_no_piece_is_half_a_character(text: str) -> 
         assert not any("\ufffd" in piece for piece in pieces)
 
 
+@settings(deadline=None)
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.randoms())
 def test_a_text_ends_before_its_first_stop_string_however_it_is_cut(text: str, stops: list[str], random: Any) -> None:
     ends = [at for at in (text.find(stop) for stop in stops) if at >= 0]
@@ -107,7 +114,7 @@ def test_a_request_becomes_a_row_and_its_tokens_text() -> None:
     desk.ask(max_tokens=9, temperature=0.5, top_p=0.9, seed=3)
     assert desk.said == [Accepted(id="r", prompt_tokens=3)]
     (row,) = desk.submitted
-    assert row == Row(1, tuple(b"abc"), 9, temperature=0.5, top_p=0.9, seed=3)
+    assert row == Row(1, tuple(b"abc"), 9, RowSampler(Parameters(0.5, 0.9, seed=3), position=3))
     desk.answer(*"né".encode(), EOS, finish="stop")
     assert desk.text == "né"
     assert [event.tokens for event in desk.said if isinstance(event, Delta)][-1] == (EOS,)
@@ -159,6 +166,7 @@ def run(desk: Desk, tokens: Sequence[int], max_tokens: int, **options: Any) -> l
     return desk.said[1:]
 
 
+@settings(deadline=None)
 @given(
     text=st.text("ab\u00e9\U0001f600", max_size=12),
     stops=st.lists(st.text("ab\u00e9", min_size=1, max_size=3), max_size=2),
@@ -181,7 +189,8 @@ def test_an_answer_that_was_cut_anywhere_goes_on_to_the_same_text_and_the_same_e
 def test_the_row_of_a_resumed_answer_begins_after_the_tokens_that_were_given() -> None:
     desk = Desk()
     desk.ask(max_tokens=9, seed=3, resume=tuple(b"xy"))
-    assert desk.submitted == [Row(1, tuple(b"abcxy"), 9, temperature=1.0, seed=3, given=2)]
+    sampler = RowSampler(Parameters(1.0, seed=3), position=5)
+    assert desk.submitted == [Row(1, tuple(b"abcxy"), 9, sampler, given=2)]
     assert desk.said == [Accepted(id="r", prompt_tokens=3)], "what the client has is not said again"
 
 

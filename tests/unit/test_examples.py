@@ -21,7 +21,6 @@ from mlx_operator_api.tasks import ServingOptions
 
 EXAMPLES = sorted((pathlib.Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
 EXCLUDED = {".cache.sizeLimit"}  # excludes claimName
-REFUSED = {".serving.apiKeySecretRef"}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -49,18 +48,9 @@ def test_every_example_is_read_by_the_models(file: pathlib.Path) -> None:
     parse(instance.spec.model.source)
 
 
-def refused(schema: dict[str, Any], path: str = "") -> Iterator[str]:
-    """Paths of the fields that a schema refuses whatever they hold."""
-    for name, child in schema.get("properties", {}).items():
-        if any(rule["rule"] == "false" for rule in child.get("x-kubernetes-validations", ())):
-            yield f"{path}.{name}"
-        yield from refused(child.get("items", child), f"{path}.{name}")
-
-
-def test_full_yaml_has_every_field_but_those_that_are_refused() -> None:
+def test_full_yaml_has_every_field() -> None:
     spec = crd.schema()["properties"]["spec"]
-    assert set(refused(spec)) == REFUSED
-    assert set(fields(spec, load("full.yaml")["spec"])) == EXCLUDED | REFUSED
+    assert set(fields(spec, load("full.yaml")["spec"])) == EXCLUDED
 
 
 def test_full_yaml_states_the_true_defaults() -> None:

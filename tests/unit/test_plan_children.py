@@ -175,6 +175,32 @@ def test_every_mount_has_a_volume_and_every_volume_a_mount() -> None:
         assert sorted(mounts) == sorted(volume["name"] for volume in manifest["spec"]["volumes"])
 
 
+@pytest.mark.parametrize(("reference", "key"), [({"name": "keys"}, "api-key"), ({"name": "keys", "key": "k"}, "k")])
+def test_the_keys_of_clients_are_mounted_where_clients_come(reference: dict[str, Any], key: str) -> None:
+    serving = {"apiKeySecretRef": reference}
+    manifest = pod(serving=serving)
+    (volume,) = [v for v in manifest["spec"]["volumes"] if v["name"] == "api-keys"]
+    items = [{"key": key, "path": "api-key"}]
+    assert volume["secret"] == {"secretName": "keys", "items": items, "defaultMode": 0o440}
+    (mount,) = [m for m in container(manifest)["volumeMounts"] if m["name"] == "api-keys"]
+    assert mount == {"name": "api-keys", "mountPath": names.API_KEY_MOUNT, "readOnly": True}
+    env = {entry["name"]: entry.get("value") for entry in container(manifest)["env"]}
+    assert env[names.ENV_API_KEY_FILE] == f"{names.API_KEY_MOUNT}/api-key"
+    assert "api-key" not in json.dumps(pod(1, serving=serving)["spec"]), "only rank 0 has clients"
+
+
+def test_other_keys_need_other_pods_and_none_need_none() -> None:
+    def found(**spec: Any) -> str:
+        return template.template_hash(wanted(**spec), "runner:1", SETTINGS)
+
+    plain = found()
+    assert found(serving={"maxQueue": 3}) == plain
+    hashes = {
+        found(serving={"apiKeySecretRef": one}) for one in ({"name": "a"}, {"name": "b"}, {"name": "a", "key": "k"})
+    }
+    assert len(hashes | {plain}) == 4
+
+
 def test_fields_of_spec_runner_reach_the_pod() -> None:
     runner = {
         "resources": {"limits": {"memory": "1Gi", "cpu": 2}},

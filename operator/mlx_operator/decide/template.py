@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_operator_api import names
-from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS, Runner
+from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS, KeyReference, Runner
 from mlx_operator_api.sizes import quantity
 from mlx_operator_api.source import Source, SourceKind
 
@@ -55,7 +55,13 @@ def template_hash(wanted: Wanted, image: str, settings: Settings) -> str:
         inputs["credentials"] = secret
     if wanted.adapter is not None:
         inputs["adapter"] = [wanted.adapter.kind, wanted.adapter.name]
+    if (reference := _api_keys(wanted)) is not None:
+        inputs["apiKeys"] = reference.model_dump(mode="json", by_alias=True, exclude_none=True)
     return f"{_CHOSEN if runner.image else _DEFAULT}-{digest(inputs)}"
+
+
+def _api_keys(wanted: Wanted) -> KeyReference | None:
+    return wanted.spec.serving.api_key_secret_ref if wanted.spec.serving else None
 
 
 def grace_seconds(wanted: Wanted) -> int:
@@ -123,7 +129,7 @@ def pod(wanted: Wanted, rank: int, image: str, settings: Settings) -> dict[str, 
             },
             "tolerations": _tolerations(runner),
             "containers": [_container(wanted, rank, image, settings)],
-            "volumes": _volumes(wanted, settings),
+            "volumes": [*_volumes(wanted, settings), *(_api_key_volumes(wanted) if rank == 0 else ())],
             **_placement(runner),
         },
     }
@@ -181,7 +187,7 @@ def _container(wanted: Wanted, rank: int, image: str, settings: Settings) -> dic
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        "volumeMounts": _mounts(wanted),
+        "volumeMounts": _mounts(wanted, rank),
     }
     if resources is not None:
         container["resources"] = resources.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -207,6 +213,8 @@ def _environment(wanted: Wanted, rank: int, runner: Runner) -> list[dict[str, An
         _downward(names.ENV_NODE_NAME, "spec.nodeName"),
         *_download(wanted),
     ]
+    if rank == 0 and _api_keys(wanted) is not None:
+        ours.append({"name": names.ENV_API_KEY_FILE, "value": f"{names.API_KEY_MOUNT}/{names.API_KEY}"})
     taken = {variable["name"] for variable in ours}
     chosen = [v.model_dump(mode="json", by_alias=True, exclude_none=True) for v in runner.env or ()]
     return [*ours, *(variable for variable in chosen if variable["name"] not in taken)]
@@ -234,7 +242,7 @@ def _downward(name: str, path: str) -> dict[str, Any]:
     return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
-def _mounts(wanted: Wanted) -> list[dict[str, Any]]:
+def _mounts(wanted: Wanted, rank: int) -> list[dict[str, Any]]:
     mounts: list[dict[str, Any]] = [
         {"name": "state", "mountPath": names.STATE_MOUNT},
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 (an emptyDir of the pod's own)
@@ -245,6 +253,8 @@ def _mounts(wanted: Wanted) -> list[dict[str, Any]]:
         mounts.append({"name": "model", "mountPath": names.MODEL_MOUNT, "readOnly": True})
     if wanted.adapter is not None:
         mounts.append({"name": "adapter", "mountPath": names.ADAPTER_MOUNT, "readOnly": True})
+    if rank == 0 and _api_keys(wanted) is not None:
+        mounts.append({"name": "api-keys", "mountPath": names.API_KEY_MOUNT, "readOnly": True})
     return mounts
 
 
@@ -270,6 +280,15 @@ def _source(source: Source, settings: Settings) -> dict[str, Any]:
     if settings.image_pull_policy:
         reference["pullPolicy"] = settings.image_pull_policy
     return {"image": reference}
+
+
+def _api_key_volumes(wanted: Wanted) -> list[dict[str, Any]]:
+    """Only rank 0 has clients. A whole volume: a single file in it would not follow changes of the Secret."""
+    reference = _api_keys(wanted)
+    if reference is None:
+        return []
+    items = [{"key": reference.key or names.API_KEY, "path": names.API_KEY}]
+    return [{"name": "api-keys", "secret": {"secretName": reference.name, "items": items, "defaultMode": 0o440}}]
 
 
 def _cache(wanted: Wanted) -> dict[str, Any]:

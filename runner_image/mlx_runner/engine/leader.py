@@ -116,7 +116,7 @@ class Leader:
         if frame.step is None or logits is None:
             self._progress.write(Phase.COMPUTING, steps=1)
             return
-        tokens = sample(logits, [row.choice for row in self._scheduler.rows(frame.lane)])
+        tokens = sample(logits, [row.sampler for row in self._scheduler.rows(frame.lane)])
         self._progress.write(Phase.COMPUTING, steps=1, tokens=len(tokens))
         self._give(self._scheduler.take(frame.lane, tokens))
 

@@ -10,11 +10,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_runner.channel import Accepted, Cancel, Delta, Event, Finished, Generate, Load, Refused
+from mlx_runner.channel import (
+    Accepted,
+    Cancel,
+    Delta,
+    Detokenize,
+    Detokenized,
+    Event,
+    Finished,
+    Generate,
+    Refused,
+    Tokenize,
+    Tokenized,
+)
 
+from .answer import AnswerText
+from .grammar import Matcher
+from .prepare import Limits, Prepared, Preparer
+from .sampler import Logprobs
 from .scheduler import Emission, Row
-from .text import Detokenizer, PromptError, StopStrings, Tokenizer
+from .text import PromptError, Tokenizer
 
+Command = Generate | Cancel | Tokenize | Detokenize
 Ending = Literal["stop", "length", "cancelled"]
 
 
@@ -25,34 +42,14 @@ class CancelRow:
     uid: int
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Of a request, in tokens."""
-
-    context: int
-    answer: int | None
-
-    @classmethod
-    def of(cls, load: Load, model_context: int) -> "Limits":
-        """What the spec says, or the model's own limit."""
-        return cls(load.context_length or model_context, load.max_tokens)
-
-    def max_tokens(self, asked: int | None, prompt: int) -> int:
-        """Tokens of an answer: what was asked for or fits, up to the limit."""
-        wanted = asked if asked is not None else self.context - prompt
-        return min(wanted, self.answer) if self.answer is not None else wanted
-
-
 @dataclass(slots=True)
 class _Answer:
     """A request under way."""
 
     id: str
     prompt_tokens: int
-    eos: frozenset[int]
-    detokenizer: Detokenizer
-    stops: StopStrings
-    tokens: int = 0
+    text: AnswerText
+    grammar: Matcher | None
 
 
 class Requests:
@@ -66,14 +63,14 @@ class Requests:
         say: Callable[[Event], None],
     ) -> None:
         self._tokenizer = tokenizer
-        self._limits = limits
+        self._preparer = Preparer(tokenizer, limits)
         self._submit = submit
         self._say = say
-        self._inbox: queue.SimpleQueue[Generate | Cancel | Sequence[Emission]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command | Sequence[Emission]] = queue.SimpleQueue()
         self._uids = itertools.count(1)
         self._answers: dict[int, _Answer] = {}
 
-    def put(self, item: Generate | Cancel | Sequence[Emission]) -> None:
+    def put(self, item: Command | Sequence[Emission]) -> None:
         """A command of the supervisor, or what a turn brought; from any thread."""
         self._inbox.put(item)
 
@@ -85,11 +82,14 @@ class Requests:
         while True:
             self.handle(self._inbox.get())
 
-    def handle(self, item: Generate | Cancel | Sequence[Emission]) -> None:
+    def handle(self, item: Command | Sequence[Emission]) -> None:
         """Work on one item of the queue."""
         match item:
-            case Generate():
-                self._generate(item)
+            case Generate() | Tokenize() | Detokenize():
+                try:
+                    self._begin(item)
+                except PromptError as error:
+                    self._say(Refused(id=item.id, code=error.code, param=error.param, message=str(error)))
             case Cancel():
                 for uid, answer in self._answers.items():
                     if answer.id == item.id:
@@ -98,105 +98,87 @@ class Requests:
                 for emission in item:
                     self._emit(emission)
 
-    def _generate(self, request: Generate) -> None:
-        try:
-            prompt, max_tokens = self._prompt(request)
-        except PromptError as error:
-            self._say(Refused(id=request.id, code=error.code, param=error.param, message=str(error)))
-            return
-        uid = next(self._uids)
-        self._answers[uid] = _Answer(
-            request.id, len(prompt), self._tokenizer.eos, Detokenizer(self._tokenizer), StopStrings(request.stop)
-        )
+    def _begin(self, command: Generate | Tokenize | Detokenize) -> None:
+        match command:
+            case Generate():
+                self._generate(command, self._preparer.prepare(command))
+            case Tokenize():
+                tokens = self._preparer.tokens(command)
+                texts = tuple(self._tokenizer.decode([t]) for t in tokens) if command.return_token_strs else None
+                limit = self._preparer.limits.context
+                self._say(Tokenized(id=command.id, tokens=tokens, max_model_len=limit, token_strs=texts))
+            case Detokenize():
+                self._tokenizer.check(command.tokens, "tokens")
+                self._say(Detokenized(id=command.id, prompt=self._tokenizer.decode(command.tokens)))
+
+    def _generate(self, request: Generate, prepared: Prepared) -> None:
+        prompt, uid = prepared.prompt, next(self._uids)
+        self._answers[uid] = _Answer(request.id, len(prompt), prepared.text, prepared.grammar)
         self._say(Accepted(id=request.id, prompt_tokens=len(prompt)))
-        ended = self._replay(self._answers[uid], request.resume, max_tokens)
+        ended = self._replay(prepared, request.resume)
         if ended is not None:
             self._finish(Emission(uid), self._answers[uid], ended)
             return
-        self._submit(
-            Row(
-                uid,
-                (*prompt, *request.resume),
-                max_tokens,
-                temperature=request.temperature,
-                top_p=request.top_p,
-                seed=request.seed,
-                given=len(request.resume),
-            )
-        )
+        given = request.resume
+        self._submit(Row(uid, (*prompt, *given), prepared.max_tokens, prepared.sampler, given=len(given)))
 
-    def _replay(self, answer: _Answer, given: tuple[int, ...], max_tokens: int) -> Ending | None:
-        """Bring the text to where a lost engine left it: its client has had it, so nothing is said.
+    def _replay(self, prepared: Prepared, given: tuple[int, ...]) -> Ending | None:
+        """Bring the answer to where a lost engine left it: its client has had it, so nothing is said.
 
-        How the answer ends, where the given tokens end it already: its engine was lost before it could say so.
+        How it ends, where the given tokens end it already: its engine was lost before it could say so.
         """
+        text = prepared.text
         for number, token in enumerate(given, start=1):
-            eos = token in answer.eos
-            last = eos or number >= max_tokens
-            _, stopped = self._text(answer, token, last=last)
-            if stopped or last:
-                answer.tokens = len(given)
-                return "stop" if stopped or eos else "length"
+            prepared.sampler.accept(token)
+            complete = token in self._tokenizer.eos or prepared.sampler.ended
+            last = complete or number >= prepared.max_tokens
+            text.add(token, last=last)
+            if text.ended or last:
+                text.tokens = len(given)
+                return "stop" if text.ended or complete else "length"
         return None
-
-    def _prompt(self, request: Generate) -> tuple[tuple[int, ...], int]:
-        param = "prompt" if request.messages is None else "messages"
-        if request.messages is not None:
-            prompt = self._tokenizer.chat(request.messages)
-        else:
-            prompt = self._tokenizer.complete(request.prompt if request.prompt is not None else "")
-        if not prompt:
-            raise PromptError(f"{param} holds no text: at least one token is needed", param=param)
-        max_tokens = self._limits.max_tokens(request.max_tokens, len(prompt))
-        needed, context = len(prompt) + max_tokens, self._limits.context
-        if needed > context or max_tokens < 1:
-            asked = f"{max_tokens} in the answer" if max_tokens > 0 else "at least one in the answer"
-            raise PromptError(
-                f"the model's context holds {context} tokens; this request needs {len(prompt)} in the {param} "
-                f"and {asked}: shorten the {param} or lower max_tokens",
-                code="context_length_exceeded",
-                param=param,
-            )
-        return prompt, max_tokens
 
     def _emit(self, emission: Emission) -> None:
         answer = self._answers.get(emission.uid)
         if answer is None:
             return  # ended by a stop string while this was computed
-        stopped = False
         if emission.token is not None:
-            stopped = self._token(answer, emission.token, last=emission.finish is not None)
-        if stopped:
+            self._token(answer, emission.token, emission.logprobs, last=emission.finish is not None)
+        ended = answer.text.ended
+        if ended and emission.finish is None:
             self._submit(CancelRow(emission.uid))
-        if stopped or emission.finish is not None:
-            self._finish(emission, answer, "stop" if stopped else emission.finish or "stop")
+        if ended or emission.finish is not None:
+            self._finish(emission, answer, "stop" if ended else emission.finish or "stop")
 
-    def _token(self, answer: _Answer, token: int, *, last: bool) -> bool:
-        """Give out the text of a token; whether a stop string came."""
-        text, stopped = self._text(answer, token, last=last)
-        self._say(Delta(id=answer.id, text=text, tokens=(token,)))
-        return stopped
-
-    def _text(self, answer: _Answer, token: int, *, last: bool) -> tuple[str, bool]:
-        """The text that is certain with a token, and whether a stop string came."""
-        answer.tokens += 1
-        ended = token in answer.eos and last
-        text = "" if ended else answer.detokenizer.add(token)
-        if last:
-            text += answer.detokenizer.flush()
-        text, stopped = answer.stops.add(text)
-        if last and not stopped:
-            text += answer.stops.flush()
-        return text, stopped
+    def _token(self, answer: _Answer, token: int, logprobs: Logprobs | None, *, last: bool) -> None:
+        """Give out what a token brought."""
+        news = answer.text.add(token, last=last)
+        told = logprobs is not None and not (last and token in self._tokenizer.eos)
+        self._say(
+            Delta(
+                id=answer.id,
+                text=news.text,
+                tokens=(token,),
+                reasoning=news.reasoning,
+                tool_calls=news.calls,
+                logprobs=(answer.text.logprobs(token, logprobs),) if told and logprobs else (),
+            )
+        )
 
     def _finish(self, last: Emission, answer: _Answer, reason: Ending) -> None:
         del self._answers[last.uid]
+        error = answer.grammar.error if answer.grammar is not None else None
+        if error is not None and reason == "stop":
+            message = f"the grammar of the answer could not be followed: {error}"
+            self._say(Refused(id=answer.id, status=500, code="grammar_failed", message=message))
+            return
         self._say(
             Finished(
                 id=answer.id,
-                finish_reason=reason,
+                finish_reason="tool_calls" if reason == "stop" and answer.text.calls else reason,
                 prompt_tokens=answer.prompt_tokens,
-                completion_tokens=answer.tokens,
+                completion_tokens=answer.text.tokens,
+                reasoning_tokens=answer.text.reasoning_tokens,
                 cached_tokens=last.cached,
             )
         )

@@ -14,7 +14,7 @@ from typing import Literal
 from . import frames
 from .blocks import blocks
 from .prefix_cache import PrefixCache
-from .sampler import Choice
+from .sampler import Logprobs, RowSampler
 
 CHUNK_TOKENS = 256
 """Positions that one frame prefills at most."""
@@ -47,9 +47,8 @@ class Row:
     uid: int
     prompt: tuple[int, ...]
     max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    sampler: RowSampler = field(default_factory=RowSampler)
+    """How its next token is chosen; only carried here."""
     ignore_eos: bool = False
     given: int = 0
     generated: int = 0
@@ -67,11 +66,6 @@ class Row:
             raise ValueError(f"nothing to generate for row {self.uid}: {what}")
 
     @property
-    def choice(self) -> Choice:
-        """How its next token is chosen. Its position is the same as if the answer had not been interrupted."""
-        return Choice(self.temperature, self.top_p, self.seed, len(self.prompt) + self.generated)
-
-    @property
     def rest(self) -> tuple[int, ...]:
         """Tokens of the prompt that no rank has seen, the last one included."""
         return self.prompt[self.prefilled :]
@@ -84,6 +78,7 @@ class Emission:
     uid: int
     token: int | None = None
     finish: FinishReason | None = None
+    logprobs: Logprobs | None = None
     cached: int = 0
     """Tokens of the prompt that came from the prefix cache."""
 
@@ -161,12 +156,12 @@ class Scheduler:
             row.answer.append(token)
             finish = self._finish(row, token)
             row.done = finish is not None
-            emissions.append(Emission(row.uid, token, finish, row.cached))
+            emissions.append(Emission(row.uid, token, finish, row.sampler.logprobs, row.cached))
         state.next = list(tokens)
         return emissions
 
     def _finish(self, row: Row, token: int) -> FinishReason | None:
-        if token in self._eos and not row.ignore_eos:
+        if (token in self._eos and not row.ignore_eos) or row.sampler.ended:
             return "stop"
         return "length" if row.given + row.generated >= row.max_tokens else None
 

@@ -17,7 +17,8 @@ from .forward import Compute, Executor, PipelineStage, WholeModel
 from .group import Former, Group
 from .hidden import HiddenIn, HiddenOut
 from .leader import Leader
-from .requests import Limits, Requests
+from .prepare import Limits
+from .requests import Requests
 from .scheduler import Emission, Scheduler
 from .text import load_tokenizer
 from .worker import WarmUpGate, Worker
@@ -28,6 +29,10 @@ _PIPELINE_LANES = 2
 """Tensor ranks compute everything together, and a rank alone has nobody to wait for: one lane each."""
 _WORKER_GOODBYE_SECONDS = 0.8
 """A worker that is sent home waits this long for rank 0's own goodbye, which ends the whole group in good order."""
+
+
+Order = channel.Warmup | channel.Generate | channel.Tokenize | channel.Detokenize | channel.Cancel | channel.Goodbye
+"""What a rank that has loaded may be told."""
 
 
 class Process(Protocol):
@@ -58,7 +63,7 @@ class Server(Protocol):
 
     loaded: channel.Loaded
 
-    def put(self, command: channel.Warmup | channel.Generate | channel.Cancel | channel.Goodbye) -> None:
+    def put(self, command: Order) -> None:
         """A command, from the thread that reads them."""
 
     def run(self) -> None:
@@ -137,7 +142,7 @@ class WorkerServer:
         self._gate = gate
         self._ending = ending
 
-    def put(self, command: channel.Warmup | channel.Generate | channel.Cancel | channel.Goodbye) -> None:
+    def put(self, command: Order) -> None:
         """Warm-up and goodbye; requests are rank 0's."""
         match command:
             case channel.Warmup():
@@ -189,10 +194,10 @@ class LeaderServer:
         if emissions:
             self._requests.put(emissions)
 
-    def put(self, command: channel.Warmup | channel.Generate | channel.Cancel | channel.Goodbye) -> None:
+    def put(self, command: Order) -> None:
         """Requests go to the text thread, the rest to the loop."""
         match command:
-            case channel.Generate() | channel.Cancel():
+            case channel.Generate() | channel.Tokenize() | channel.Detokenize() | channel.Cancel():
                 self._requests.put(command)
             case channel.Goodbye():
                 self._ending.start_leaving()

@@ -41,6 +41,8 @@ class Config:
     cache_dir: Path = Path(names.CACHE_MOUNT)
     cache_bytes: int | None = None
     """Most that may lie in `cache_dir`; None: what its file system has."""
+    api_key_file: Path | None = None
+    """Keys of clients, one a line; None: everybody is let in."""
     grace_seconds: float = 30.0
     blas: Path | None = None
     engine_argv: tuple[str, ...] = (sys.executable, "-m", "mlx_runner.engine")
@@ -57,6 +59,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Config:
     token_file = Path(environment.get(names.ENV_TOKEN_FILE) or f"{names.TOKEN_MOUNT}/{names.TOKEN_KEY}")
     blas = environment.get(ENV_BLAS)
     engine = environment.get(ENV_ENGINE)
+    api_keys = environment.get(names.ENV_API_KEY_FILE)
     defaults = Config(uid="", rank=0, token="")
     return Config(
         uid=_required(environment, names.ENV_UID),
@@ -74,6 +77,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Config:
         adapter_dir=Path(environment.get(names.ENV_ADAPTER_DIR) or defaults.adapter_dir),
         cache_dir=Path(environment.get(names.ENV_CACHE_DIR) or defaults.cache_dir),
         cache_bytes=_bytes(environment, names.ENV_CACHE_BYTES),
+        api_key_file=Path(api_keys) if api_keys else None,
         grace_seconds=_seconds(environment, names.ENV_GRACE, defaults.grace_seconds),
         blas=Path(blas) if blas else None,
         engine_argv=tuple(shlex.split(engine)) if engine else defaults.engine_argv,

@@ -1,32 +1,36 @@
-"""The public API on rank 0: OpenAI's chat completions and completions, plain and as a stream."""
+"""The public API on rank 0: OpenAI's endpoints that generate text, plain and as a stream, and what belongs to them."""
 
-import contextlib
 import json
-import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+import uuid
 from typing import Any
 
 from aiohttp import web
 
 from mlx_runner import channel
 
-from .answers import answers, dispatched
+from . import openapi
+from .api_keys import ApiKeys
 from .control import readiness
-from .http import SlowClientError, read_body, write
+from .generation import admission, generate
+from .http import SlowClientError, read_body
 from .metrics import Metrics
+from .openai_chat import ChatRequest, parse_chat
 from .openai_errors import ApiError
-from .openai_models import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from .openai_models import CompletionRequest, parse_completion
+from .openai_responses import ResponsesRequest, parse_responses
 from .openai_shapes import Chat, Completion, Shape
-from .requests import QueueFullError, UnavailableError
+from .openai_tokens import parse_detokenize, parse_tokenize, tokenized
+from .questions import Question, QuestionLostError
+from .response_shapes import Response
 from .supervisor import Supervisor
-from .tickets import NOT_READY, Paused, Ticket
-
-log = logging.getLogger(__name__)
+from .tickets import NOT_READY
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
-_EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-_DONE = b"data: [DONE]\n\n"
+_PROTECTED = ("/v1/", "/tokenize", "/detokenize")
+"""Paths that an API key is for. Probes, metrics and the description of the API stay open."""
+MAX_DEPTH = 64
+"""Of the JSON; what is nested deeper is nobody's request."""
 
 
 class PublicApi:
@@ -35,6 +39,7 @@ class PublicApi:
     def __init__(self, supervisor: Supervisor, metrics: Metrics) -> None:
         self._supervisor = supervisor
         self._metrics = metrics
+        self._keys = ApiKeys(supervisor.config.api_key_file)
 
     def app(self) -> web.Application:
         """The application."""
@@ -43,6 +48,10 @@ class PublicApi:
             [
                 web.post("/v1/chat/completions", self.chat),
                 web.post("/v1/completions", self.completions),
+                web.post("/v1/responses", self.responses),
+                web.post("/tokenize", self.tokenize),
+                web.post("/detokenize", self.detokenize),
+                web.get("/openapi.json", self.openapi),
                 web.get("/v1/models", self.models),
                 web.get("/v1/models/{id:.+}", self.model),
                 web.get("/healthz", self.healthz),
@@ -56,62 +65,54 @@ class PublicApi:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/chat/completions`."""
         asked = parse_chat(await self._body(request))
-        return await self._generate(request, asked, Chat(asked.model))
+        return await self._generate(request, asked, Chat(asked.form()))
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/completions`."""
         asked = parse_completion(await self._body(request))
-        return await self._generate(request, asked, Completion(asked.model))
+        return await self._generate(request, asked, Completion(asked.form()))
+
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/responses`."""
+        asked = parse_responses(await self._body(request))
+        return await self._generate(request, asked, Response(asked))
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """`POST /tokenize`."""
+        asked = parse_tokenize(await self._body(request))
+        answer = await self._ask(asked.model, asked.question(f"tokenize-{uuid.uuid4().hex}"))
+        return web.json_response(tokenized(answer) if isinstance(answer, channel.Tokenized) else {})
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        """`POST /detokenize`."""
+        asked = parse_detokenize(await self._body(request))
+        answer = await self._ask(asked.model, asked.question(f"detokenize-{uuid.uuid4().hex}"))
+        return web.json_response({"prompt": answer.prompt} if isinstance(answer, channel.Detokenized) else {})
+
+    async def _ask(self, model: str | None, question: Question) -> channel.Tokenized | channel.Detokenized:
+        if model is not None:
+            self._check_model(model)
+        try:
+            answer = await self._supervisor.broker.questions.ask(question)
+        except QuestionLostError as error:
+            raise ApiError(503, str(error), code=NOT_READY) from error
+        if isinstance(answer, channel.Refused):
+            raise ApiError(answer.status, answer.message, code=answer.code, param=answer.param)
+        return answer
 
     async def _body(self, request: web.Request) -> Any:
         """The JSON; not even read where the request would not be taken in."""
-        with _admission():
+        with admission():
             self._supervisor.broker.admit()
         return await _json(request)
 
     async def _generate(
-        self, request: web.Request, asked: ChatRequest | CompletionRequest, shape: Shape
+        self, request: web.Request, asked: ChatRequest | CompletionRequest | ResponsesRequest, shape: Shape
     ) -> web.StreamResponse:
-        broker = self._supervisor.broker
-        usage = asked.include_usage()
-        command = asked.generate(shape.id)
+        commands = asked.rows(shape.id)
         self._check_model(asked.model)
-        with _admission():
-            ticket = broker.enter(command, asked.model)
-        try:
-            await dispatched(broker, ticket)
-            if asked.stream:
-                return await self._stream(request, ticket, shape, usage)
-            return await self._whole(ticket, shape)
-        finally:
-            # Also when the client left: the handler is cancelled then.
-            broker.leave(ticket)
-
-    async def _whole(self, ticket: Ticket, shape: Shape) -> web.Response:
-        text: list[str] = []
-        async for answer in answers(ticket):
-            match answer:
-                case channel.Delta():
-                    text.append(answer.text)
-                case channel.Finished():
-                    return web.json_response(shape.whole("".join(text), answer))
-        raise ApiError(500, "the engine ended the answer without a word", code="internal_error")
-
-    async def _stream(self, request: web.Request, ticket: Ticket, shape: Shape, usage: bool) -> web.StreamResponse:
-        told = answers(ticket)
-        # What is refused is refused with a status, before any stream begins: also what no engine has begun with.
-        first = await anext(answer async for answer in told if ticket.begun or not isinstance(answer, Paused))
-        response = web.StreamResponse(headers=_EVENT_STREAM)
-        await response.prepare(request)
-        try:
-            try:
-                await _tell(response, first, told, shape, usage)
-            except ApiError as error:
-                # The status line is gone: an error event is the honest end, and no [DONE] after it.
-                await _send(response, error.body())
-        except (SlowClientError, ConnectionError) as error:
-            log.info("a client left its stream: %s", error or type(error).__name__)
-        return response
+        broker = self._supervisor.broker
+        return await generate(request, broker, commands, asked.model, shape, stream=bool(asked.stream))
 
     # -- the rest
     async def models(self, request: web.Request) -> web.Response:
@@ -123,6 +124,10 @@ class PublicApi:
         """`GET /v1/models/{id}`."""
         self._check_model(request.match_info["id"])
         return web.json_response(_model(request.match_info["id"]))
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """`GET /openapi.json`: the endpoints and their bodies, from the models that validate them."""
+        return web.json_response(openapi.document())
 
     async def healthz(self, request: web.Request) -> web.Response:
         """The supervisor lives."""
@@ -155,6 +160,8 @@ class PublicApi:
         endpoint = request.match_info.route.resource.canonical if request.match_info.route.resource else "other"
         response: web.StreamResponse
         try:
+            if request.path.startswith(_PROTECTED):
+                self._keys.check(request.headers.get("Authorization"))
             response = await handler(request)
         except ApiError as error:
             response = error.response()
@@ -168,50 +175,32 @@ class PublicApi:
         return response
 
 
-async def _tell(
-    response: web.StreamResponse,
-    first: channel.Delta | channel.Finished | Paused,
-    told: AsyncIterator[channel.Delta | channel.Finished | Paused],
-    shape: Shape,
-    usage: bool,
-) -> None:
-    """An answer as a stream of chunks, `[DONE]` last; a comment, which clients skip, while the group restarts."""
-    for chunk in shape.opening(usage):
-        await _send(response, chunk)
-    answer: channel.Delta | channel.Finished | Paused | None = first
-    while answer is not None:
-        match answer:
-            case channel.Delta():
-                if answer.text:
-                    await _send(response, shape.chunk(answer.text, usage))
-            case Paused():
-                await write(response, f": the group restarts, {answer.tokens} tokens given so far\n\n".encode())
-            case channel.Finished():
-                for chunk in shape.closing(answer, usage):
-                    await _send(response, chunk)
-                await write(response, _DONE)
-        answer = await anext(told, None)
-
-
-@contextlib.contextmanager
-def _admission() -> Iterator[None]:
-    try:
-        yield
-    except UnavailableError as error:
-        raise ApiError(503, str(error), code=NOT_READY) from error
-    except QueueFullError as error:
-        raise ApiError(429, str(error), code="queue_full") from error
-
-
 async def _json(request: web.Request) -> Any:
     try:
-        return json.loads(await read_body(request))
+        body = json.loads(await read_body(request), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from error
+    if _deeper(body, MAX_DEPTH):
+        raise ApiError(400, f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
+    return body
 
 
-async def _send(response: web.StreamResponse, data: dict[str, Any]) -> None:
-    await write(response, b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n")
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _deeper(value: Any, limit: int) -> bool:
+    """Whether a value is nested deeper than that."""
+    level = [value]
+    for _ in range(limit):
+        level = [child for one in level if isinstance(one, dict | list) for child in _children(one)]
+        if not level:
+            return False
+    return True
+
+
+def _children(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _http_error(request: web.Request, error: web.HTTPException) -> ApiError:

@@ -7,7 +7,13 @@ from aiohttp import web
 from .tickets import RETRY_SECONDS
 
 _RETRIED = frozenset({429, 503})
-_TYPES = {404: "invalid_request_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_TYPES = {
+    401: "authentication_error",
+    404: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
 
 
 class ApiError(Exception):
@@ -27,7 +33,9 @@ class ApiError(Exception):
 
     def response(self) -> web.Response:
         """The HTTP answer."""
-        headers = {"Retry-After": str(RETRY_SECONDS)} if self.status in _RETRIED else None
+        headers = {"Retry-After": str(RETRY_SECONDS)} if self.status in _RETRIED else {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return web.json_response(self.body(), status=self.status, headers=headers)
 
 

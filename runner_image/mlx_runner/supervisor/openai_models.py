@@ -1,86 +1,90 @@
-"""What clients may ask: OpenAI's request bodies, validated; what we cannot do yet is refused by name."""
+"""What clients may ask: OpenAI's request bodies, validated; what is not supported is refused by name."""
 
 import secrets
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from mlx_runner import channel
 
-from .openai_errors import ApiError, invalid, unsupported
+from .openai_errors import invalid
+from .openai_parse import Body, Strict, Text, TokenId, validated
+from .openai_shapes import Form
 
 MAX_STOPS = 4
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
 _SEED_RANGE = 1 << 32
 """Sampling keys are 32 bits wide."""
 
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0,),
-    "modalities": (["text"],),
-    "moderation": (),
-    "n": (1,),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_k": (0, -1),
-    "top_logprobs": (0,),
-    "verbosity": (),
-    "web_search_options": (),
-}
-"""Fields that are not supported, with the values that ask for nothing and so may pass (null always may)."""
-_HARMLESS = frozenset(
-    {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user"}
-)
-"""Fields that are about the caller's bookkeeping and change no answer."""
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Count = Annotated[StrictInt, Field(ge=1, lt=1 << 31)]
+Bias = dict[Annotated[StrictStr, Field(pattern=r"^\d{1,9}$")], Annotated[Number, Field(ge=-100, le=100)]]
 
 
-def _encodable(text: str) -> str:
-    """JSON may hold half a surrogate pair; no encoding of text can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"no valid Unicode: half a surrogate pair at character {error.start}") from error
-    return text
-
-
-Text = Annotated[StrictStr, AfterValidator(_encodable)]
-TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
-
-
-class StreamOptions(BaseModel):
+class StreamOptions(Strict):
     """`stream_options`."""
 
-    model_config = ConfigDict(extra="forbid")
-
     include_usage: StrictBool = False
+    """End with a chunk that holds the usage."""
     include_obfuscation: StrictBool = False
+    """Accepted; nothing is obfuscated."""
 
 
-class _Request(BaseModel):
-    """What both endpoints share."""
-
-    model_config = ConfigDict(extra="forbid")
+class Sampled(Body):
+    """What every endpoint that generates shares."""
 
     model: Text
-    temperature: Annotated[float, Field(strict=True, ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    stop: Text | list[Text] | None = None
-    seed: StrictInt | None = None
+    """The served model's name."""
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    """0: the most likely token. Default: 1."""
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Share of probability that is drawn from. Default: 1."""
+    top_k: Annotated[StrictInt, Field(ge=-1, lt=1 << 31)] | None = None
+    """As many tokens are drawn from; 0 and -1: all."""
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    """Least probability of a token, as a share of the most likely one's. Default: 0."""
+    seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    """The same seed and request give the same answer, alone and among others. Default: random."""
+    presence_penalty: Penalty | None = None
+    """Subtracted from the logit of each token that the answer holds."""
+    frequency_penalty: Penalty | None = None
+    """Subtracted once for each time that the answer holds the token."""
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    """Divides positive and multiplies negative logits of tokens of prompt and answer. Default: 1."""
+    logit_bias: Bias | None = None
+    """Added to logits, by token id."""
     stream: StrictBool | None = None
+    """Server-sent events."""
+
+    def sampling(self) -> dict[str, Any]:
+        """Fields of `channel.Generate`."""
+        seed = secrets.randbelow(_SEED_RANGE) if self.seed is None else self.seed % _SEED_RANGE
+        return {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_k": max(0, self.top_k or 0),
+            "min_p": self.min_p or 0.0,
+            "seed": seed,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "repetition_penalty": 1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            "logit_bias": tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+        }
+
+
+class Choices(Sampled):
+    """What chat and completions share."""
+
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
+    """Answers to each prompt; the first has `seed`, the next `seed` + 1. Default: 1."""
+    max_tokens: Count | None = None
+    """Default: what fits into the context."""
+    stop: Text | list[Text] | None = None
+    """Up to 4 texts that end the answer."""
     stream_options: StreamOptions | None = None
 
     def stops(self) -> tuple[str, ...]:
@@ -103,139 +107,66 @@ class _Request(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self) -> dict[str, Any]:
-        """The fields of `channel.Generate` that both endpoints fill in."""
-        seed = secrets.randbelow(_SEED_RANGE) if self.seed is None else self.seed % _SEED_RANGE
-        return {
-            "max_tokens": self.limit(),
-            "temperature": 1.0 if self.temperature is None else self.temperature,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
-            "stop": self.stops(),
-            "seed": seed,
-        }
+        """Fields of `channel.Generate`."""
+        return {**super().sampling(), "max_tokens": self.limit(), "stop": self.stops()}
+
+    def form(self) -> Form:
+        """How the answer is dressed."""
+        return Form(self.model, n=self.n or 1, usage=self.include_usage())
 
 
-class TextPart(BaseModel):
-    """A part of a message's content."""
+def rows(
+    request_id: str, prompts: list[dict[str, Any]], n: int, shared: dict[str, Any]
+) -> tuple[channel.Generate, ...]:
+    """Commands for the engine, one for each choice: `n` for the first prompt, then `n` for the next.
 
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
-    text: Text
-
-
-class Message(BaseModel):
-    """One message of a chat."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: Text | None = None
-    refusal: None = None
-    tool_calls: None = None
-    function_call: None = None
-    audio: None = None
-    annotations: list[Any] | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """For the chat template: a string as content. Templates know `system`, OpenAI's newer name is `developer`."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    Choices are requests of their own to the engine: each is sampled, cancelled and resumed by itself.
+    """
+    single = len(prompts) * n == 1
+    return tuple(
+        channel.Generate(
+            id=request_id if single else f"{request_id}-{number * n + choice}",
+            **prompt,
+            **{**shared, "seed": (shared["seed"] + choice) % _SEED_RANGE},
+        )
+        for number, prompt in enumerate(prompts)
+        for choice in range(n)
+    )
 
 
-class ChatRequest(_Request):
-    """Body of `POST /v1/chat/completions`."""
-
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-
-    def limit(self) -> int | None:
-        """`max_completion_tokens`, or its older name."""
-        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise invalid("max_tokens", "give max_tokens or max_completion_tokens, not both")
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    def generate(self, request_id: str) -> channel.Generate:
-        """The command for the engine."""
-        messages = tuple(message.plain() for message in self.messages)
-        return channel.Generate(id=request_id, messages=messages, **self.sampling())
-
-
-class CompletionRequest(_Request):
+class CompletionRequest(Choices):
     """Body of `POST /v1/completions`."""
 
+    NEUTRAL: ClassVar[Mapping[str, tuple[object, ...]]] = {"best_of": (1,), "echo": (False,), "suffix": ("",)}
+
     prompt: Text | list[TokenId] | list[Text]
+    """A text, several texts, or one prompt as token ids."""
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Report each token's logprob and as many alternatives."""
 
-    def generate(self, request_id: str) -> channel.Generate:
-        """The command for the engine."""
-        return channel.Generate(id=request_id, prompt=self._prompt(), **self.sampling())
+    def rows(self, request_id: str) -> tuple[channel.Generate, ...]:
+        """Commands for the engine."""
+        shared = {**self.sampling(), "logprobs": self.logprobs}
+        prompts = [{"prompt": prompt} for prompt in self._prompts()]
+        return rows(request_id, prompts, self.n or 1, shared)
 
-    def _prompt(self) -> str | tuple[int, ...]:
+    def form(self) -> Form:
+        """How the answer is dressed."""
+        return replace(super().form(), prompts=len(self._prompts()), logprobs=self.logprobs is not None)
+
+    def _prompts(self) -> list[str | tuple[int, ...]]:
         if isinstance(self.prompt, str):
-            return self.prompt
+            return [self.prompt]
         if not self.prompt:
             raise invalid("prompt", "must not be empty")
         numbers = tuple(item for item in self.prompt if isinstance(item, int))
         if numbers:
-            return numbers
-        texts = [item for item in self.prompt if isinstance(item, str)]
-        if len(texts) > 1:
-            raise unsupported("prompt", f"list of {len(texts)} texts", "send one request for each prompt")
-        return texts[0]
-
-
-def parse_chat(body: Any) -> ChatRequest:
-    """Validate a chat request; raises `ApiError` 400 with the field's name."""
-    try:
-        return ChatRequest.model_validate(_supported(body))
-    except ValidationError as error:
-        raise _api_error(error) from error
+            return [numbers]
+        if len(self.prompt) > MAX_CHOICES:
+            raise invalid("prompt", f"{len(self.prompt)} texts are too many for one request: at most {MAX_CHOICES}")
+        return [item for item in self.prompt if isinstance(item, str)]
 
 
 def parse_completion(body: Any) -> CompletionRequest:
     """Validate a completion request; raises `ApiError` 400 with the field's name."""
-    try:
-        return CompletionRequest.model_validate(_supported(body))
-    except ValidationError as error:
-        raise _api_error(error) from error
-
-
-def _supported(body: Any) -> dict[str, Any]:
-    """The body without fields that ask for nothing."""
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_value")
-    kept = {}
-    for name, value in body.items():
-        if name in _HARMLESS:
-            continue
-        if name not in _NEUTRAL:
-            kept[name] = value
-        elif value is not None and not any(_same(value, neutral) for neutral in _NEUTRAL[name]):
-            raise unsupported(name, value, "leave the field out")
-    return kept
-
-
-def _same(value: object, neutral: object) -> bool:
-    """Equal, and no boolean for a number: `n=true` is not `n=1`."""
-    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-
-
-def _api_error(error: ValidationError) -> ApiError:
-    # Of a union every branch complains; the deepest complaint is about the branch that was meant.
-    first = max(error.errors(), key=lambda one: len(one["loc"]))
-    # A union's branches are parts of the location; a client knows only the names and indices it sent.
-    parts = [p for p in first["loc"] if isinstance(p, int) or (p.isidentifier() and not _branch(p))]
-    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".") or "body"
-    match first["type"]:
-        case "extra_forbidden":
-            return ApiError(400, f"unrecognized request argument: {where}", code="unknown_parameter", param=where)
-        case "missing":
-            return ApiError(400, f"missing required parameter: {where}", code="missing_required_parameter", param=where)
-        case "none_required":
-            return unsupported(where, first["input"], "leave the field out")
-        case _:
-            return invalid(where, f"{first['msg']}, not {first['input']!r}"[:300])
-
-
-def _branch(part: str) -> bool:
-    return part in {"str", "int", "float", "list", "constrained"}
+    return validated(CompletionRequest, body)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from mlx_operator_api.tasks import DeadlineSeconds, ServingOptions
 from mlx_runner import channel
 
+from .questions import Questions
 from .tickets import CRASHES_ENGINE, NOT_READY, Lost, Observer, Outcome, Paused, ServedModel, Ticket, shape
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Broker:
         """Set while the engine has no request."""
         self.idle.set()
         self.observer = Observer()
+        self.questions = Questions()
         self._on_active = on_active
         self._resume_seconds = 0.0
         self._waiting: deque[Ticket] = deque()
@@ -62,6 +64,11 @@ class Broker:
     def waiting(self) -> int:
         """Requests that wait for a place or for the next epoch."""
         return len(self._waiting)
+
+    @property
+    def capacity(self) -> int:
+        """Requests that may run and wait at once."""
+        return self._limits.max_concurrent_requests + self._limits.max_queue
 
     def refusal(self) -> str | None:
         """Why a new request would be answered 503; None when it is answered or held."""
@@ -97,6 +104,7 @@ class Broker:
         if self._closed is not None:
             return
         self._send = send
+        self.questions.open(send)
         self._open = True
         self._limits = limits
         self._model = model
@@ -117,6 +125,7 @@ class Broker:
         """
         self.pause()
         self._send = None
+        self.questions.lose(message)
         held = self.refusal() is None
         back = []
         for ticket in list(self._active.values()):
@@ -174,6 +183,8 @@ class Broker:
         """A word of the engine on a request; one on a request that is gone is dropped."""
         ticket = self._active.get(event.id)
         if ticket is None:
+            if isinstance(event, channel.Refused):
+                self.questions.deliver(event)
             return
         match event:
             case channel.Accepted():

@@ -288,6 +288,8 @@ class Runner:
                 )
             case channel.Accepted() | channel.Refused() | channel.Delta() | channel.Finished():
                 self._broker.deliver(event)
+            case channel.Tokenized() | channel.Detokenized():
+                self._broker.questions.deliver(event)
             case channel.WaitingFor():
                 self._machine.note(waiting_for=event.ranks)
             case channel.LayerLoaded():

@@ -12,10 +12,16 @@ WARNING_SECONDS = 60.0
 _SCHEME = "bearer"
 
 
+def bearer(header: str | None) -> str:
+    """The token of an `Authorization` header; empty where it has none."""
+    scheme, _, given = (header or "").partition(" ")
+    return given.strip() if scheme.lower() == _SCHEME else ""
+
+
 def authorized(header: str | None, token: str) -> bool:
     """Whether an `Authorization` header carries the token; compared in constant time."""
-    scheme, _, given = (header or "").partition(" ")
-    return scheme.lower() == _SCHEME and hmac.compare_digest(given.strip().encode(), token.encode())
+    # aiohttp gives bytes that are no UTF-8 as lone surrogates.
+    return hmac.compare_digest(bearer(header).encode(errors="surrogateescape"), token.encode())
 
 
 class Strangers:

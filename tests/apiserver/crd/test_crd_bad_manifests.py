@@ -299,13 +299,12 @@ CASES: list[tuple[dict[str, Any], str]] = [
             "spec.serving.promptCacheBytes in body should be greater than or equal to 0",
         ),
     ),
-    # -- what a later release will do: never accepted and ignored
     (
-        {"serving": {"apiKeySecretRef": {"name": "api-key"}}},
-        value(
-            "spec.serving.apiKeySecretRef",
-            "",
-            "not supported by this release: remove it and keep the Service behind a NetworkPolicy or gateway",
+        {"serving": {"apiKeySecretRef": {"name": "keys", "key": "no/key"}}},
+        text(
+            "spec.serving.apiKeySecretRef.key",
+            "no/key",
+            "is no key of a Secret: use letters, digits, -, _ and .",
         ),
     ),
 ]

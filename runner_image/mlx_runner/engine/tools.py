@@ -1,0 +1,98 @@
+"""Tool calls: mlx-lm's parsers read them, a grammar forces them where the model's way to write them allows it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mlx_runner.channel import ToolCall
+
+from .grammar import Grammars
+from .text import ToolFormat
+
+Tool = Mapping[str, Any]
+_PARSER_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, SyntaxError, RecursionError)
+"""What mlx-lm's parsers raise for a text that is no call."""
+
+
+def parse(form: ToolFormat, text: str, tools: Sequence[Tool], request: str, first: int) -> tuple[ToolCall, ...]:
+    """The calls in a text between markers; none when it is no call. `first`: calls of this answer so far.
+
+    Ids depend on nothing but the request and the call's number: a request that is resumed gives them again.
+    """
+    try:
+        parsed = form.parse(text, [dict(tool) for tool in tools])
+    except _PARSER_ERRORS:
+        return ()
+    found = parsed if isinstance(parsed, list) else [parsed]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in found):
+        return ()
+    return tuple(
+        ToolCall(
+            index=first + number,
+            id=_id(request, first + number),
+            name=call["name"],
+            arguments=_arguments(call.get("arguments", {})),
+        )
+        for number, call in enumerate(found)
+    )
+
+
+def _arguments(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _id(request: str, index: int) -> str:
+    return "call_" + hashlib.sha256(f"{request}/{index}".encode()).hexdigest()[:24]
+
+
+# -- forced calls
+_Writer = Callable[[str, str, dict[str, Any], bool], str]
+
+
+def _json_tools(start: str, end: str, call: dict[str, Any], many: bool) -> str:
+    """`<tool_call>{"name": …, "arguments": …}</tool_call>`, a pair of markers for each call."""
+    calls = r'call ("\n" call)*' if many else "call"
+    return f'start: {calls}\ncall: {start} "\\n" body "\\n" {end}\nbody: %json {_json(call)}\n'
+
+
+def _mistral(start: str, _: str, call: dict[str, Any], many: bool) -> str:
+    """`[TOOL_CALLS][{"name": …, "arguments": …}, …]`: a list up to the end of the answer."""
+    calls = {"type": "array", "items": call, "minItems": 1, **({} if many else {"maxItems": 1})}
+    return f"start: {start} body\nbody: %json {_json(calls)}\n"
+
+
+_WRITERS: Mapping[str, _Writer] = {"json_tools": _json_tools, "mistral": _mistral}
+"""By the name of mlx-lm's parser. The others write no JSON that a schema could describe."""
+
+
+def forcible(form: ToolFormat) -> bool:
+    """Whether a grammar can make the model call a tool."""
+    return form.name in _WRITERS
+
+
+def forced(grammars: Grammars, form: ToolFormat, tools: Sequence[Tool], *, many: bool, token_of: Any) -> str:
+    """The grammar of an answer that is nothing but calls of these tools, in Lark.
+
+    Raises:
+        GrammarError: the model's tokenizer is none that structured output works with.
+    """
+    start, end = (grammars.literal(marker, token_of(marker)) for marker in (form.start, form.end))
+    calls = [_call(tool["function"]) for tool in tools]
+    return _WRITERS[form.name](start, end, calls[0] if len(calls) == 1 else {"anyOf": calls}, many)
+
+
+def _call(function: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            "name": {"const": function["name"]},
+            "arguments": function.get("parameters") or {"type": "object", "properties": {}},
+        },
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
