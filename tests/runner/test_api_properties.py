@@ -62,6 +62,8 @@ def fewer(body: Any, data: st.DataObject) -> Any:
     optional = sorted(set(body) - ALWAYS)
     kept = data.draw(st.sets(st.sampled_from(optional), max_size=3)) if optional else set()
     body = {name: value for name, value in body.items() if name in ALWAYS | kept}
+    if "prompt" in body and "messages" in body:  # one of them, which the document says in words
+        del body[data.draw(st.sampled_from(["prompt", "messages"]))]
     if isinstance(body.get("messages"), list) and data.draw(st.booleans()):
         body["messages"] = [plain(message) for message in body["messages"]]
     return body

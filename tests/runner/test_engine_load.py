@@ -33,6 +33,7 @@ Tiny = Callable[[str], Path]
 
 def command(model: Path, rank: int = 0, world_size: int = 1, **options: Any) -> Load:
     options.setdefault("sharding", Sharding.PIPELINE)
+    options.setdefault("prompt_cache_bytes", 0)
     return Load(
         path=str(model), served_name="m", rank=rank, world_size=world_size, max_concurrent_requests=4, **options
     )
@@ -294,13 +295,15 @@ def test_a_quantized_model_is_cast_on_cpu_and_said(tmp_path: Path, tiny: Tiny) -
 
 def test_a_shard_larger_than_the_memory_limit_is_refused_with_the_sum_before_it_is_read(tiny: Tiny) -> None:
     told: list[LayerLoaded] = []
+    wanted = command(tiny("qwen2"), memory_limit_bytes=50 << 20, prompt_cache_bytes=3 << 20)
     with pytest.raises(EngineError) as raised:
-        loading.load(command(tiny("qwen2"), memory_limit_bytes=50 << 20), None, told.append)
+        loading.load(wanted, None, told.append)
     assert raised.value.reason is Reason.INSUFFICIENT_MEMORY
     number = r"[0-9.]+[KMG]i"
     assert re.match(
         rf"needs {number} = weights 676.2Ki \+ KV 1Mi \(1 x 1024 tokens\) \+ {number} "
-        rf"\(process {number}, copies and prefill {number}\); limit 50Mi: even one short request does not fit",
+        rf"\(process {number}, prompt cache 3Mi, copies and prefill {number}\); limit 50Mi: "
+        r"even one short request does not fit",
         raised.value.message,
     ), raised.value.message
     assert told == []
@@ -316,6 +319,13 @@ def test_a_context_that_was_asked_for_must_fit_for_all_requests_at_once(tiny: Ti
     # The figure of the message is true.
     shard = load(tiny("qwen2"), memory_limit_bytes=free + (4 << 20), context_length=int(fitting[1]))
     assert (shard.budget.context, shard.budget.tokens) == (int(fitting[1]), None)
+
+
+def test_where_only_the_prompt_cache_does_not_fit_the_refusal_says_so(tiny: Tiny) -> None:
+    error = refused(tiny("qwen2"), memory_limit_bytes=memory.resident_bytes() + (128 << 20), prompt_cache_bytes=1 << 30)
+    assert error.reason is Reason.INSUFFICIENT_MEMORY
+    assert "prompt cache 1Gi" in error.message
+    assert error.message.endswith(": spec.serving.promptCacheBytes 0 would fit")
 
 
 def test_without_a_context_the_requests_share_what_memory_there_is(tiny: Tiny) -> None:

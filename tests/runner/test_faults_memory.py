@@ -88,7 +88,8 @@ async def test_where_memory_gets_short_the_spare_goes_first_and_the_engine_in_us
     await confined.ready()
     await met(lambda: bool(pod.spares()), "a spare engine")
     (used,) = pod.engines()
-    pod.plan(eat="Generate", bytes=4 << 20)
+    # Slowly: what the spare gives back must last until it is seen to be gone.
+    pod.plan(eat="Generate", bytes=4 << 20, bite_seconds=0.05)
     asked = asyncio.create_task(ask(confined))
     await met(lambda: not pod.spares(), "the spare was killed")
     pod.plan()

@@ -26,8 +26,23 @@ def config(tmp_path: Path, program: str) -> Config:
     return Config(uid="u", rank=0, token="t", state_dir=tmp_path, engine_argv=(sys.executable, "-c", program))
 
 
-def children() -> set[int]:
+_others: set[int] = set()
+
+
+def _all_children() -> set[int]:
     return {int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()}
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """What lives already, such as the groups of engines that other tests share."""
+    _others.clear()
+    _others.update(_all_children())
+
+
+def children() -> set[int]:
+    """Processes that a test has started."""
+    return _all_children() - _others
 
 
 async def start(tmp_path: Path, program: str) -> EngineProcess:

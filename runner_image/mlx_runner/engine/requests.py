@@ -179,6 +179,6 @@ class Requests:
                 prompt_tokens=answer.prompt_tokens,
                 completion_tokens=answer.text.tokens,
                 reasoning_tokens=answer.text.reasoning_tokens,
-                cached_tokens=last.cached,
+                cached_tokens=min(last.cached, answer.prompt_tokens),  # tokens given before count as the answer's
             )
         )
