@@ -6,8 +6,8 @@ the frame port, the others dial it; EOF there is a lost peer, as with the real e
 
 `FAKE_ENGINE_PLAN` may name a JSON file that is read at each command, so that a test can change it between epochs:
 `{"hang": "Load", "fail": {"on": "Connect", "reason": …, "message": …}, "exit": {"on": "Warmup", "code": 3},
-"eat": "Load" (memory, until the plan changes), "bytes": 1000 (of it at a time), "bite_seconds": 0.05 (between two),
-"token_seconds": 0.1, "layers": 4, "tokens": 12, "stderr": "…", "abort": "word of a prompt"}`.
+"eat": "Load" (memory, until the plan changes), "bytes": 1000 (of it at a time), "token_seconds": 0.1, "layers": 4,
+"tokens": 12, "stderr": "…", "abort": "word of a prompt"}`.
 """
 
 import json
@@ -109,7 +109,6 @@ class FakeEngine:
             eaten = []
             while plan().get("eat") == kind:
                 eaten.append(b"x" * int(today.get("bytes", 16 * 1024 * 1024)))
-                time.sleep(today.get("bite_seconds", 0))
         if today.get("hang") == kind:
             self.progress.write(Phase.WAITING)
             threading.Event().wait()

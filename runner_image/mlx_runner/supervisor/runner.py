@@ -67,6 +67,7 @@ class Runner:
         self._broker = broker
         self._on_ready = on_ready
         self._on_gone = on_gone
+        self._to_load: str | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._cleanup: asyncio.Task[None] | None = None
         self._ring: asyncio.Task[None] | None = None
@@ -108,9 +109,18 @@ class Runner:
 
     def load(self, path: str) -> None:
         """Load the shard from a directory; answered by `Loaded`."""
+        self._to_load = path
+        self._start_deadline(self.facts.deadlines.load, Reason.LOAD_TIMEOUT)
+        self._send_load()
+
+    def _send_load(self) -> None:
+        """Once the engine has done its imports: only then is known what a spare beside it would take."""
+        if self.engine is None or not self.engine.started or self._to_load is None:
+            return
+        path, self._to_load = self._to_load, None
         serving = self.facts.serving
         limit = self._machine.report.memory_limit_bytes
-        self._command(
+        self.engine.send(
             channel.Load(
                 path=path,
                 adapter=self._adapter(),
@@ -123,18 +133,15 @@ class Runner:
                 context_length=serving.context_length,
                 prompt_cache_bytes=serving.prompt_cache_bytes,
                 memory_limit_bytes=limit,
-                spare_bytes=self._reserve(limit),
+                spare_bytes=self._reserve(self.engine, limit),
                 memory_limits=self.facts.memory_limits,
-            ),
-            self.facts.deadlines.load,
-            Reason.LOAD_TIMEOUT,
+            )
         )
 
-    def _reserve(self, limit: int | None) -> int:
-        if self.engine is None:
-            return 0
-        self.engine.reserved_bytes = spare_bytes(limit, self.engine.bare_bytes)
-        return self.engine.reserved_bytes
+    @staticmethod
+    def _reserve(engine: EngineProcess, limit: int | None) -> int:
+        engine.reserved_bytes = spare_bytes(limit, engine.bare_bytes)
+        return engine.reserved_bytes
 
     def _adapter(self) -> str | None:
         """Where the adapter is mounted."""
@@ -296,7 +303,9 @@ class Runner:
                 self._machine.note(layers=event.layers, layers_loaded=event.loaded, layers_total=event.total)
             case channel.Connected() | channel.Loaded() | channel.WarmedUp():
                 self._answered(event)
-            case channel.Started() | channel.Notice():
+            case channel.Started():
+                self._send_load()
+            case channel.Notice():
                 pass
 
     def _answered(self, event: channel.Connected | channel.Loaded | channel.WarmedUp) -> None:
@@ -337,6 +346,9 @@ class Runner:
         if self.engine is None:
             return
         self.engine.send(command)
+        self._start_deadline(seconds, reason)
+
+    def _start_deadline(self, seconds: float, reason: Reason) -> None:
         self._deadline = asyncio.get_running_loop().call_later(seconds, self._missed, reason, seconds)
 
     def _missed(self, reason: Reason, seconds: float) -> None:

@@ -202,6 +202,8 @@ def maximal() -> Status:
                 incarnation="i" * 40,
                 layers="0-11",
                 progress="6/12 layers",
+                note="n" * 1024,
+                memory_limit_bytes=2**40,
                 last_failure=failure,
             )
             for rank in range(names.MAX_RUNNERS)
