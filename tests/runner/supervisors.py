@@ -71,7 +71,8 @@ class Pod:
         self.home = home
         self.plan_file = home / "plan.json"
         self.reports: list[RunnerReport] = []
-        self.prefix: list[str] = []
+        # A test run under nohup ignores SIGHUP, and so would the engines that are killed by it.
+        self.prefix = ["env", "--default-signal=HUP"]
         self._models = models
         self._environment: dict[str, str] = {}
         self._engine = engine
