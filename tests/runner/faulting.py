@@ -15,7 +15,7 @@ from mlx_operator_api.conditions import Reason
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.status import GroupFailure
 from mlx_operator_api.tasks import RunnerReport
-from mlx_runner.supervisor.watch import read_process
+from mlx_runner.supervisor.watch import Process, read_process
 from tests.faults import Fault, Layer
 from tests.unit import simulated_supervisor
 from tests.unit.scenes import ready
@@ -113,6 +113,19 @@ async def confirm(row: Fault, instance: Group, began: float, epoch: int = 1) -> 
 async def gone(pids: list[int]) -> None:
     """No process of these is left, no zombie either: its memory was given back."""
     await met(lambda: not [pid for pid in pids if read_process(pid)], f"the processes {pids} are gone")
+
+
+async def at_rest(instance: Group) -> None:
+    """The engines sleep: a worker hears of the end of an answer a moment after its client."""
+    for pid in engines_of(instance):
+        seen: list[Process | None] = []
+
+        def sleeps(pid: int = pid, seen: list[Process | None] = seen) -> bool:
+            seen.append(read_process(pid))
+            last = seen[-5:]
+            return len(last) == 5 and len(set(last)) == 1 and last[0] is not None and last[0].state == "S"
+
+        await met(sleeps, f"engine {pid} is at rest")
 
 
 async def met(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:

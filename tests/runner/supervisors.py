@@ -71,8 +71,8 @@ class Pod:
         self.home = home
         self.plan_file = home / "plan.json"
         self.reports: list[RunnerReport] = []
-        # A test run under nohup ignores SIGHUP, and so would the engines that are killed by it.
-        self.prefix = ["env", "--default-signal=HUP"]
+        # A test run in the background ignores SIGHUP, SIGINT and SIGQUIT; the engines that are killed by them must not.
+        self.prefix = ["env", "--default-signal"]
         self._models = models
         self._environment: dict[str, str] = {}
         self._engine = engine

@@ -12,7 +12,7 @@ from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.tasks import DeadlineSeconds, LoadModel, Sharding, StartWarmup, Task
 from tests.faults import Fault, Layer, declare, fault
 
-from .faulting import answering, ask, confirm, engines_of, gone, heals, instance_of, met, send
+from .faulting import answering, ask, at_rest, confirm, engines_of, gone, heals, instance_of, met, send
 from .supervisors import Group
 
 S = RunnerState
@@ -60,6 +60,7 @@ async def test_an_engine_that_a_signal_ends_is_told_by_it_and_the_next_epoch_ans
             assert row.rank is not None
             engines = engines_of(instance)
             (victim,) = instance.pods[row.rank].engines()
+            await at_rest(instance)
             reports = await confirm(row, instance, send(victim, getattr(signal, row.id.split("-")[1].upper())), epoch)
             failure = reports[row.rank].failure
             assert failure is not None
