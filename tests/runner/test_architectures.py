@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 from mlx_runner.engine import anatomy, pipeline  # noqa: E402
 from mlx_runner.engine.caches import merge  # noqa: E402
+from mlx_runner.engine.tail import Tail  # noqa: E402
 
 LONG = [(i * 37) % 380 + 3 for i in range(21)]
 SHORT = [(i * 11) % 380 + 3 for i in range(9)]
 """Both longer than the windows."""
 STEPS = 3
-ONE_AT_A_TIME = {"gemma2"}
-"""mlx-lm's code of these computes one request at a time."""
+ONE_AT_A_TIME = {"gemma2", "mamba"}
+"""mlx-lm's code of these computes one request at a time, or takes padding for tokens."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,6 +135,37 @@ def test_stages_compute_what_the_whole_does(architecture: str) -> None:
             assert mx.array_equal(got, wanted), f"{ranks} ranks"
 
 
+@pytest.mark.parametrize("architecture", PIPELINE)
+def test_the_last_token_of_a_prompt_computed_with_the_others_gives_what_a_step_gives(architecture: str) -> None:
+    model = architectures.build(architecture)
+    assert anatomy.ends_suffice(model)
+    prompts = [SHORT, SHORT[:5]] if architecture not in ONE_AT_A_TIME else [SHORT]
+
+    def prefilled(lengths: Sequence[int]) -> tuple[list[Any], Any]:
+        caches, longest = merge([make_prompt_cache(model) for _ in lengths]), max(lengths)
+        for cache in caches:
+            cache.prepare(lengths=list(lengths), right_padding=[longest - length for length in lengths])
+        rows = [[*prompt[:n], *[0] * (longest - n)] for prompt, n in zip(prompts, lengths, strict=True)]
+        logits = model(mx.array(rows), cache=caches)
+        mx.eval(logits, [cache.state for cache in caches])
+        for cache in caches:
+            cache.finalize()
+        return caches, logits
+
+    caches, _ = prefilled([len(prompt) - 1 for prompt in prompts])
+    expected = [model(mx.array([[prompt[-1]] for prompt in prompts]), cache=caches)]
+    expected.append(model(mx.array([[7]] * len(prompts)), cache=caches))
+    alone = [_after(model, prompt) for prompt in prompts]
+    for got, wanted in zip(expected, zip(*alone, strict=True), strict=True):
+        assert mx.allclose(got, mx.concatenate(list(wanted)), rtol=1e-3, atol=1e-4), "in company as alone"
+    tail, lengths = Tail(model), [len(prompt) for prompt in prompts]
+    with tail.only(lengths):
+        caches, first = prefilled(lengths)
+    for got, wanted in zip([first, model(mx.array([[7]] * len(prompts)), cache=caches)], expected, strict=True):
+        assert got.shape == wanted.shape
+        assert mx.allclose(got, wanted, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "qwen3_next"])
 def test_the_stages_together_hold_every_tensor_and_few_of_them_twice(architecture: str) -> None:
     whole = {name: array.nbytes for name, array in tree_flatten(architectures.build(architecture).parameters())}
@@ -170,6 +202,41 @@ class Layer(nn.Module):  # type: ignore[misc]
     def __call__(self, hidden: Any, cache: Any) -> Any:
         cache.update_and_fetch(hidden[:, None], hidden[:, None])
         return self.projection(hidden)
+
+
+def _after(model: Any, prompt: Sequence[int]) -> list[Any]:
+    """Logits after a prompt, and after one more token."""
+    cache = make_prompt_cache(model)
+    model(mx.array([prompt[:-1]]), cache=cache)
+    return [model(mx.array([[token]]), cache=cache) for token in (prompt[-1], 7)]
+
+
+class Blurring(Sharing):
+    """What follows its layers looks at several positions."""
+
+    def __call__(self, tokens: Any, cache: Any = None) -> Any:
+        hidden = self.embed_tokens(tokens)
+        for layer, own in zip(self.layers, cache, strict=True):
+            hidden = layer(hidden, own)
+        return hidden + hidden.mean(axis=1, keepdims=True)
+
+
+class Late(Sharing):
+    """What follows its layers needs what stood before them."""
+
+    def __call__(self, tokens: Any, cache: Any = None) -> Any:
+        first = hidden = self.embed_tokens(tokens)
+        for layer, own in zip(self.layers, cache, strict=True):
+            hidden = layer(hidden, own)
+        return hidden + first
+
+
+@pytest.mark.parametrize("kind", [Blurring, Late])
+def test_where_more_than_the_ends_of_rows_is_needed_prompts_are_not_cut(kind: type[Sharing]) -> None:
+    model = kind()
+    kinds = [type(module) for module in model.modules()]
+    assert not anatomy.ends_suffice(model)
+    assert [type(module) for module in model.modules()] == kinds, "the model is as before"
 
 
 def test_a_model_whose_layers_share_more_than_hidden_states_is_found_out() -> None:

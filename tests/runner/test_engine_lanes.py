@@ -14,6 +14,7 @@ from mlx_runner.engine import frames
 from mlx_runner.engine.forward import Executor, WholeModel
 from mlx_runner.engine.frames import Frame
 from mlx_runner.engine.scheduler import SECOND_LANE_ROWS
+from mlx_runner.engine.tail import Tail
 
 from .conftest import plain_mlx_lm
 from .engine_ranks import Ranks, generate, running, wait_until
@@ -112,7 +113,7 @@ def test_a_late_short_request_is_answered_before_a_long_prompt_is_read(wide: Ran
 
 def test_rows_that_leave_take_their_memory_with_them(tiny: Callable[[str], Path]) -> None:
     model, _ = load_model(tiny("qwen2"))
-    executor = Executor(WholeModel(model, leader=True))
+    executor = Executor(WholeModel(model, Tail(model), leader=True))
 
     def run(lane: int, *operations: frames.Operation) -> None:
         executor.run(Frame(1, 1, operations, lane))

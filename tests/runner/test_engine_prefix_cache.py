@@ -13,6 +13,7 @@ from mlx_runner import channel
 from mlx_runner.engine import frames
 from mlx_runner.engine.forward import Executor, WholeModel
 from mlx_runner.engine.frames import Frame
+from mlx_runner.engine.tail import Tail
 
 from . import tiny_models
 from .conftest import plain_mlx_lm
@@ -135,7 +136,7 @@ def test_a_model_whose_caches_cannot_be_copied_in_part_says_so_and_works(tmp_pat
 
 def test_an_entry_outlives_its_row_and_is_freed_when_it_is_forgotten(tiny: Callable[[str], Path]) -> None:
     model, _ = load_model(tiny("qwen2"))
-    executor = Executor(WholeModel(model, leader=True))
+    executor = Executor(WholeModel(model, Tail(model), leader=True))
 
     def run(*operations: frames.Operation) -> None:
         executor.run(Frame(1, 1, operations))

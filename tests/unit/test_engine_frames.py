@@ -22,6 +22,7 @@ operations = st.one_of(
     st.builds(frames.Keep, tuples),
     st.builds(frames.Drop, numbers),
     st.builds(frames.Step, tuples),
+    st.builds(frames.FirstStep, tuples),
     st.builds(frames.WarmedUp),
     st.builds(frames.ClearCache),
     st.builds(frames.Goodbye),

@@ -48,22 +48,23 @@ class Ranks:
     def run(self, turn: Turn) -> list[int] | None:
         tokens: list[int] | None = None
         lane = self.lanes.setdefault(turn.lane, [])
-        prefilled = 0
+        prefilled, passes, before = 0, 0, len(lane)
         for operation in turn.operations:
             assert tokens is None, "a step is the last operation of its frame"
             match operation:
                 case frames.PrefillBatch(uids, prompts):
-                    prefilled += frames.area(prompts)
+                    prefilled, passes = prefilled + frames.area(prompts), passes + 1
                     for uid, prompt in zip(uids, prompts, strict=True):
                         lane.append([*self.prefilling.pop(uid, []), *prompt[:-1]])
                 case frames.PrefillChunk(uid, chunk):
                     assert chunk
-                    prefilled += len(chunk)
+                    prefilled, passes = prefilled + len(chunk), passes + 1
                     self.prefilling.setdefault(uid, []).extend(chunk)
                 case frames.Join(uid):
                     lane.append(self.prefilling.pop(uid))
                 case frames.Keep(rows):
                     lane[:] = [lane[row] for row in rows]
+                    before = len(lane)
                 case frames.Drop(uid):
                     del self.prefilling[uid]
                 case frames.Take(uid, entry, positions):
@@ -75,8 +76,10 @@ class Ranks:
                     self.entries[entry] = list(lane[row])
                 case frames.Forget(entry):
                     del self.entries[entry]
-                case frames.Step(given_tokens):
+                case frames.Step(given_tokens) | frames.FirstStep(given_tokens):
                     assert len(given_tokens) == len(lane)
+                    if isinstance(operation, frames.FirstStep):
+                        assert (before, passes) == (0, 1), "all its rows come from one pass of this frame"
                     for cache, token in zip(lane, given_tokens, strict=True):
                         cache.append(token)
                     tokens = [next_token(cache) for cache in lane]
@@ -157,12 +160,13 @@ steps = st.lists(
     shape=st.sampled_from([(1, 1), (1, 4), (2, 4), (2, 3), (3, 4)]),
     capacity=st.sampled_from([0, 100, 2000]),
     alike=st.booleans(),
+    whole=st.booleans(),
 )
 def test_every_row_gets_what_it_would_get_alone_whatever_comes_when(
-    steps: list[tuple[Any, int, int]], places: int, shape: tuple[int, int], capacity: int, alike: bool
+    steps: list[tuple[Any, int, int]], places: int, shape: tuple[int, int], capacity: int, alike: bool, whole: bool
 ) -> None:
     lanes, ahead = shape
-    group = Group(Scheduler(places, frozenset({EOS}), lanes=lanes, ahead=ahead), ahead)
+    group = Group(Scheduler(places, frozenset({EOS}), lanes=lanes, ahead=ahead, whole_prompts=whole), ahead)
     group.scheduler.prefixes.resize(capacity)
     rows: list[Row] = []
     cancelled: set[int] = set()
@@ -230,6 +234,27 @@ def test_only_the_chunks_of_a_long_prompt_are_planned_ahead() -> None:
     planned = [scheduler.plan() for _ in range(4)]
     kinds = [[type(operation).__name__ for operation in turn.operations] if turn else [] for turn in planned]
     assert kinds == [["PrefillChunk"], ["PrefillChunk"], ["PrefillChunk", "Join", "Step"], []]
+
+
+def test_the_last_token_of_prompts_that_come_to_an_empty_lane_is_computed_with_the_others() -> None:
+    group = Group(Scheduler(4, frozenset(), whole_prompts=True), 1)
+    for uid in (1, 2):
+        group.scheduler.submit(Row(uid, tuple(range(uid, uid + 9)), 2))
+    group.turn()
+    group.scheduler.submit(Row(3, (4, 5, 6), 9))
+    group.turn()
+    group.scheduler.submit(Row(4, tuple(range(CHUNK_TOKENS + 11)), 2))
+    group.end()
+    assert [kinds for _, kinds in group.kinds][:2] == [["PrefillBatch", "FirstStep"], ["PrefillBatch", "Step"]]
+    assert group.answers[3] == alone((4, 5, 6), 9)
+
+
+def test_so_is_that_of_a_long_prompt() -> None:
+    group = Group(Scheduler(1, frozenset(), ahead=4, whole_prompts=True), 4)
+    group.scheduler.submit(Row(1, tuple(range(2 * FILL_TOKENS + 11)), 1))
+    group.end()
+    kinds = [kinds for _, kinds in group.kinds][:3]
+    assert kinds == [["PrefillChunk"], ["PrefillChunk"], ["PrefillChunk", "Join", "FirstStep"]]
 
 
 def test_rows_wait_until_the_memory_is_enough_for_all_of_them() -> None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlx_operator_api.layers import Span
 
+from .architectures import STATES, architecture
 from .blocks import BLOCK
 from .caches import CachePlan, CacheSize, merge, size, window
 
@@ -130,8 +131,26 @@ def measure(model: Any) -> tuple[list[CacheSize], bool]:
     return sizes, _together(model)
 
 
+def ends_suffice(model: Any) -> bool:
+    """Whether what follows the layers computes every position by itself, so that it need see only the last of a row."""
+    try:
+        rehearsal = _Rehearsal(model, Anatomy(layers_of(model), together=_together(model)))
+        with rehearsal.prepared(), _explained():
+            whole, cut = rehearsal.whole()[0], rehearsal.whole(cut=True)[0]
+            return bool(mx.allclose(ends(whole, rehearsal.lengths), cut, rtol=1e-4).item())
+    except UnsuitableError:
+        return False
+
+
+def ends(hidden: Any, lengths: Sequence[int]) -> Any:
+    """Of hidden states (rows, positions, size): after the first `lengths` positions of each row, (rows, 1, size)."""
+    return hidden[mx.arange(len(lengths)), mx.array(list(lengths), dtype=mx.int32) - 1][:, None]
+
+
 def _together(model: Any) -> bool:
-    """Some models' masks only fit one row."""
+    """Some models' masks only fit one row, and some states take in the padding beside a shorter prompt."""
+    if any(_has_state(cache) for cache in make_prompt_cache(model)) and architecture(type(model)) not in STATES:
+        return False
     try:
         with _explained():
             _rehearse_rows(model, _LENGTHS)
@@ -140,6 +159,10 @@ def _together(model: Any) -> bool:
             _rehearse_rows(model, _LENGTHS[:1])
         return False
     return True
+
+
+def _has_state(cache: Any) -> bool:
+    return isinstance(cache, ArraysCache) or any(_has_state(part) for part in getattr(cache, "caches", ()))
 
 
 def _rehearse_rows(model: Any, lengths: Sequence[int]) -> None:
@@ -187,7 +210,8 @@ class _Rehearsal:
         self._phase = BEFORE
         self._caches: list[Any] = []
         self._embedding: Any = None
-        self._lengths = _LENGTHS if anatomy.together else _LENGTHS[:1]
+        self._cut = False
+        self.lengths = _LENGTHS if anatomy.together else _LENGTHS[:1]
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -203,23 +227,24 @@ class _Rehearsal:
             for module, kind in original:
                 module.__class__ = kind
 
-    def whole(self) -> list[Any]:
-        """Outputs of the model as it is."""
+    def whole(self, *, cut: bool = False) -> list[Any]:
+        """Outputs of the model as it is; `cut`: what follows the layers gets only the ends of the prompts."""
+        self._cut = cut
         self._anatomy.cache_of = [None] * len(self._anatomy.layers)
-        self._caches = merge([make_prompt_cache(self._model) for _ in self._lengths])
+        self._caches = merge([make_prompt_cache(self._model) for _ in self.lengths])
 
         def run(tokens: Any) -> Any:
             self._phase = BEFORE
             return self._model(tokens, cache=self._caches)
 
-        return _play(run, self._caches, self._lengths)
+        return _play(run, self._caches, self.lengths)
 
     def staged(self, parts: Sequence[Span]) -> list[Any]:
         """The same, stage by stage."""
         if self._embedding is None:
             raise UnsuitableError("it has no single module that embeds tokens")
         plans = [CachePlan(make_prompt_cache(self._model), self._anatomy.cache_of, part) for part in parts]
-        caches = [merge([plan.take(make_prompt_cache(self._model)) for _ in self._lengths]) for plan in plans]
+        caches = [merge([plan.take(make_prompt_cache(self._model)) for _ in self.lengths]) for plan in plans]
 
         def run(tokens: Any) -> Any:
             self._part, self._phase = None, BEFORE
@@ -233,7 +258,7 @@ class _Rehearsal:
                 plan.advance(cache, *tokens.shape)
             return hidden
 
-        return _play(run, [layer for cache in caches for layer in cache], self._lengths)
+        return _play(run, [layer for cache in caches for layer in cache], self.lengths)
 
     def _layer(self, index: int, kind: type) -> Callable[..., Any]:
         original: Any = kind.__call__
@@ -252,7 +277,8 @@ class _Rehearsal:
             self._phase = AFTER if last else INSIDE
             if not isinstance(real, mx.array) or real.shape != hidden.shape:
                 raise UnsuitableError("its layers return more than hidden states")
-            return hidden * (1.0 + 0.01 * (index + 1)) + digest
+            given = hidden * (1.0 + 0.01 * (index + 1)) + digest
+            return ends(given, self.lengths) if self._cut and last and hidden.shape[1] > 1 else given
 
         return stand_in
 

@@ -89,3 +89,17 @@ TENSOR = (
 """With sharding: Tensor, which only these offer."""
 TENSOR_TWO_ONLY = ("glm4_moe", "glm4_moe_lite", "step3p5")
 """Of these with two ranks only: their tiny models have parts that three cannot share."""
+STATES = ("falcon_h1", "lfm2", "lfm2_moe", "qwen3_5", "qwen3_5_moe", "qwen3_next")
+"""Those with a recurrent state whose code keeps the padding beside a shorter prompt out of it.
+
+Not all of mlx-lm's does (mamba's: answers of a batch would differ from those of a request alone), and no rehearsal
+without weights can tell; so a model with a state that is not here computes one request at a time.
+"""
+
+
+def architecture(model_class: type) -> str:
+    """Module of mlx_lm.models that implements a model (after mlx-lm's own remapping)."""
+    for base in model_class.__mro__:
+        if base.__module__.startswith("mlx_lm.models."):
+            return base.__module__.rpartition(".")[2]
+    return model_class.__module__

@@ -15,6 +15,7 @@ from . import frames
 from .frames import Frame
 from .hidden import HiddenIn, HiddenOut
 from .pipeline import Stage
+from .tail import Tail
 
 
 class Compute(Protocol):
@@ -29,12 +30,16 @@ class Compute(Protocol):
     def step(self, tokens: Sequence[int], cache: list[Any]) -> Any | None:
         """One token a row: logits (rows, vocabulary) on rank 0, None elsewhere."""
 
+    def first(self, tokens: Sequence[Sequence[int]], lengths: Sequence[int], cache: list[Any]) -> Any | None:
+        """Both at once: fill the cache, and the logits that follow each row's first `lengths` tokens."""
+
 
 class WholeModel:
     """All layers are here: the only rank, or a rank of a tensor group (whose layers talk to each other)."""
 
-    def __init__(self, model: Any, *, leader: bool) -> None:
+    def __init__(self, model: Any, tail: Tail, *, leader: bool) -> None:
         self._model = model
+        self._tail = tail
         self._leader = leader
 
     def make_cache(self) -> list[Any]:
@@ -53,12 +58,20 @@ class WholeModel:
         mx.eval(logits)
         return logits[:, -1] if self._leader else None
 
+    def first(self, tokens: Sequence[Sequence[int]], lengths: Sequence[int], cache: list[Any]) -> Any | None:
+        """See `Compute`."""
+        with self._tail.only(lengths):
+            logits = self._model(_integers(tokens), cache=cache)
+        mx.eval(logits, [layer.state for layer in cache])
+        return logits[:, -1] if self._leader else None
+
 
 class PipelineStage:
     """Some of the layers: hidden states come from the rank above and go to the rank below."""
 
-    def __init__(self, stage: Stage, source: HiddenIn | None, sink: HiddenOut | None) -> None:
+    def __init__(self, stage: Stage, tail: Tail, source: HiddenIn | None, sink: HiddenOut | None) -> None:
         self._stage = stage
+        self._tail = tail
         self._source = source
         self._sink = sink
 
@@ -75,6 +88,16 @@ class PipelineStage:
         """See `Compute`."""
         hidden = self._forward([[token] for token in tokens], cache)
         return None if hidden is None else self._stage.logits(hidden)
+
+    def first(self, tokens: Sequence[Sequence[int]], lengths: Sequence[int], cache: list[Any]) -> Any | None:
+        """See `Compute`."""
+        if self._sink is not None:
+            self.prefill(tokens, cache)
+            return None
+        with self._tail.only(lengths):
+            hidden = self._forward(tokens, cache)
+        mx.eval(hidden, [layer.state for layer in cache])
+        return self._stage.logits(hidden)
 
     def _forward(self, tokens: Sequence[Sequence[int]], cache: list[Any]) -> Any | None:
         if self._source is None:
@@ -133,14 +156,14 @@ class Executor:
     def run(self, frame: Frame) -> Any | None:
         """Do all operations of a frame, in order; the logits of its step, on rank 0."""
         lane = self._lanes.setdefault(frame.lane, _Lane())
+        first = frame.step if isinstance(frame.step, frames.FirstStep) else None
         logits = None
         for operation in frame.operations:
             match operation:
                 case frames.PrefillBatch(uids, prompts):
-                    self._prefill_batch(lane, uids, prompts)
+                    logits = self._prefill_batch(lane, uids, prompts, whole=first is not None)
                 case frames.PrefillChunk(uid, tokens):
-                    cache = self._prefilling.setdefault(uid, self._compute.make_cache())
-                    self._compute.prefill([tokens], cache)
+                    logits = self._prefill_chunk(uid, tokens, first)
                 case frames.Join(uid):
                     self._join(lane, merge([self._prefilling.pop(uid)]), 1)
                 case frames.Keep(rows):
@@ -149,6 +172,8 @@ class Executor:
                     self._prefilling.pop(uid, None)
                 case frames.Step(tokens):
                     logits = self._compute.step(tokens, lane.cache)
+                case frames.FirstStep():
+                    pass  # done with the prompts
                 case _:
                     self._reuse(lane, operation)
         return logits
@@ -169,8 +194,19 @@ class Executor:
             case _:
                 pass  # not about caches
 
-    def _prefill_batch(self, lane: _Lane, uids: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
-        lengths = [len(prompt) - 1 for prompt in prompts]
+    def _prefill_chunk(self, uid: int, tokens: Sequence[int], first: frames.FirstStep | None) -> Any | None:
+        if uid not in self._prefilling:
+            self._prefilling[uid] = self._compute.make_cache()
+        if first is None:
+            self._compute.prefill([tokens], self._prefilling[uid])
+            return None
+        whole = [*tokens, *first.tokens]
+        return self._compute.first([whole], [len(whole)], self._prefilling[uid])
+
+    def _prefill_batch(
+        self, lane: _Lane, uids: Sequence[int], prompts: Sequence[Sequence[int]], *, whole: bool
+    ) -> Any | None:
+        lengths = [len(prompt) - (not whole) for prompt in prompts]
         longest = max(lengths)
         padding = [longest - length for length in lengths]
         begun = [self._prefilling.pop(uid) if uid in self._prefilling else self._compute.make_cache() for uid in uids]
@@ -178,13 +214,19 @@ class Executor:
         if max(padding):
             for layer in cache:
                 layer.prepare(lengths=lengths, right_padding=padding)
-        if longest:
-            tokens = [[*prompt[:-1], *[0] * pad] for prompt, pad in zip(prompts, padding, strict=True)]
+        logits = None
+        tokens = [
+            [*prompt[:length], *[0] * (longest - length)] for prompt, length in zip(prompts, lengths, strict=True)
+        ]
+        if whole:
+            logits = self._compute.first(tokens, lengths, cache)
+        elif longest:
             self._compute.prefill(tokens, cache)
         if max(padding):
             for layer in cache:
                 layer.finalize()
         self._join(lane, cache, len(prompts))
+        return logits
 
     def _join(self, lane: _Lane, cache: list[Any], rows: int) -> None:
         if not self._position_bytes and self.reusable:

@@ -64,6 +64,16 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class FirstStep:
+    """The decode step of a lane that was empty before this frame: the prompts that join it are computed to their ends.
+
+    One pass instead of two: reading the weights is most of what a step costs.
+    """
+
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Take:
     """Begin the cache of a prompt with the first positions of an entry of the prefix cache."""
 
@@ -103,7 +113,19 @@ class Goodbye:
 
 
 Operation = (
-    PrefillBatch | PrefillChunk | Join | Keep | Drop | Step | WarmedUp | ClearCache | Goodbye | Take | Save | Forget
+    PrefillBatch
+    | PrefillChunk
+    | Join
+    | Keep
+    | Drop
+    | Step
+    | WarmedUp
+    | ClearCache
+    | Goodbye
+    | Take
+    | Save
+    | Forget
+    | FirstStep
 )
 
 GOODBYE_ANSWER = b"bye"
@@ -121,6 +143,7 @@ _CODES: tuple[type[Operation], ...] = (
     Take,
     Save,
     Forget,
+    FirstStep,
 )
 
 
@@ -134,10 +157,10 @@ class Frame:
     lane: int = 0
 
     @property
-    def step(self) -> Step | None:
+    def step(self) -> Step | FirstStep | None:
         """Its decode step, which is always last."""
         last = self.operations[-1] if self.operations else None
-        return last if isinstance(last, Step) else None
+        return last if isinstance(last, Step | FirstStep) else None
 
 
 def encode(frame: Frame) -> bytes:
@@ -207,6 +230,8 @@ def _operation(value: Any) -> Operation:
             return Save(row, entry)
         case (11, int(entry)):
             return Forget(entry)
+        case (12, tuple(tokens)):
+            return FirstStep(_integers(tokens))
     raise FrameError(f"no operation: {str(value)[:80]}")
 
 

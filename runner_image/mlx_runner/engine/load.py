@@ -21,6 +21,7 @@ from mlx_operator_api.tasks import Sharding
 from mlx_runner.channel import LayerLoaded, Load, Loaded
 
 from . import adapters, anatomy, imports, memory, pipeline, prefix_cache, weights
+from .architectures import architecture
 from .failures import EngineError
 
 _DEFAULT_CONTEXT = 4096
@@ -39,6 +40,8 @@ class Shard:
     loaded: Loaded
     budget: memory.Budget
     prompt_cache_bytes: int
+    ends_suffice: bool
+    """See `anatomy.ends_suffice`."""
     stage: pipeline.Stage | None = None
 
     @property
@@ -63,6 +66,7 @@ class _Draft:
     spans: tuple[Span, ...] = ()
     found: anatomy.Anatomy | None = None
     given: dict[str, Any] = field(default_factory=dict)
+    ends_suffice: bool = False
     bytes_of: tuple[int, ...] = ()
     """Weights of every rank of a pipeline, as stored."""
 
@@ -98,7 +102,7 @@ def load(command: Load, group: Any, tell: Callable[[LayerLoaded], None]) -> Shar
     if budget.tokens is not None and command.rank == 0:
         notes.append(f"memory for {budget.tokens} tokens in work at once, {budget.context} in one request")
     if budget.rows < command.max_concurrent_requests:
-        notes.append(f"{pipeline.architecture(type(model))} computes one request at a time")
+        notes.append(f"{architecture(type(model))} computes one request at a time")
     layers = anatomy.layers_of(model)[draft.span.start : draft.span.end]
     _materialize(model, layers, draft, tell)
     loaded = Loaded(
@@ -107,7 +111,7 @@ def load(command: Load, group: Any, tell: Callable[[LayerLoaded], None]) -> Shar
         bytes=_bytes(model),
         note="; ".join(note for note in notes if note) or None,
     )
-    return Shard(model, config, draft.span, loaded, budget, reuse, stage)
+    return Shard(model, config, draft.span, loaded, budget, reuse, draft.ends_suffice, stage)
 
 
 def _limits(command: Load) -> Sequence[int | None]:
@@ -173,6 +177,7 @@ def _strict(model_class: type, draft: _Draft) -> type:
         return whole if own is None else dict(own(self, whole))
 
     def load_weights(self: Any, given: list[tuple[str, Any]], strict: bool = True) -> Any:
+        draft.ends_suffice = anatomy.ends_suffice(self)
         if draft.pipelined:
             draft.found = pipeline.check(self, draft.spans)
             draft.bytes_of = tuple(_bytes_of(self, draft.found, part) for part in draft.spans)
@@ -190,7 +195,7 @@ def _plan(model: Any, draft: _Draft) -> None:
     try:
         total = len(anatomy.layers_of(model))
     except anatomy.UnsuitableError as error:
-        name = pipeline.architecture(type(model))
+        name = architecture(type(model))
         raise EngineError(Reason.MODEL_UNSUPPORTED, f"architecture {name} cannot be served: {error}") from error
     command = draft.command
     draft.spans = (Span(0, total, total),)
@@ -272,7 +277,7 @@ def _float32(array: Any) -> Any:
 
 def _shard(model: Any, group: Any) -> None:
     """Split the layers over the ranks of MLX's group."""
-    name = pipeline.architecture(type(model))
+    name = architecture(type(model))
     if not hasattr(model, "shard"):
         message = (
             f"architecture {name} cannot be split by tensors: mlx-lm has no shard() for it; use Pipeline or one runner"

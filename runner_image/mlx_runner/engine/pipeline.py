@@ -21,7 +21,7 @@ from mlx_operator_api.layers import Span, TooFewLayersError, split
 
 from . import anatomy
 from .anatomy import Anatomy, ReachedError, UnsuitableError, copied, examine, outside, swap
-from .architectures import PIPELINE
+from .architectures import PIPELINE, architecture
 from .caches import CachePlan, CacheSize
 from .failures import EngineError
 
@@ -41,14 +41,6 @@ def spans(total: int, world_size: int, memory_limits: Sequence[int | None] = ())
 def largest(total: int, world_size: int, memory_limits: Sequence[int | None] = ()) -> int:
     """The most layers that any rank has; see `spans`."""
     return max(part.end - part.start for part in split(total, world_size, memory_limits))
-
-
-def architecture(model_class: type) -> str:
-    """Module of mlx_lm.models that implements a model (after mlx-lm's own remapping)."""
-    for base in model_class.__mro__:
-        if base.__module__.startswith("mlx_lm.models."):
-            return base.__module__.rpartition(".")[2]
-    return model_class.__module__
 
 
 def check(model: Any, parts: Sequence[Span]) -> Anatomy:

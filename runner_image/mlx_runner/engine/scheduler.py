@@ -106,16 +106,25 @@ class Scheduler:
 
     `ahead`: frames that may be under way at a time; more than one only where the ranks are stages of a pipeline.
     `max_tokens`: memory for rows, as their number times the longest of them; None: enough for any.
+    `whole_prompts`: whether a prompt's last token can be computed together with the others.
     """
 
     def __init__(
-        self, max_rows: int, eos: frozenset[int], *, lanes: int = 1, ahead: int = 1, max_tokens: int | None = None
+        self,
+        max_rows: int,
+        eos: frozenset[int],
+        *,
+        lanes: int = 1,
+        ahead: int = 1,
+        max_tokens: int | None = None,
+        whole_prompts: bool = False,
     ) -> None:
         self.prefixes = PrefixCache()
         self._max_rows = max_rows
         self._eos = eos
         self._ahead = ahead
         self._max_tokens = max_tokens
+        self._whole_prompts = whole_prompts
         self._waiting: deque[Row] = deque()
         self._prefilling: Row | None = None
         self._prefilling_lane = 0
@@ -176,9 +185,13 @@ class Scheduler:
         return None
 
     def _frame(self, lane: _Lane) -> tuple[frames.Operation, ...]:
-        operations = [*self._release(lane), *self._prefill(lane)]
+        operations = self._release(lane)
+        empty = not lane.rows
+        prefill = self._prefill(lane)
+        operations += prefill
         if lane.rows and not (operations and self._hold(lane)):
-            operations.append(frames.Step(tuple(lane.next)))
+            first = empty and self._whole_prompts and _at_once(prefill)
+            operations.append((frames.FirstStep if first else frames.Step)(tuple(lane.next)))
             lane.step_planned, lane.delayed = True, False
             self._held = 0
         return tuple(operations)
@@ -302,3 +315,9 @@ class Scheduler:
     def _join(self, lane: _Lane, row: Row) -> None:
         lane.rows.append(row)
         lane.next.append(row.prompt[-1])
+
+
+def _at_once(prefill: Sequence[frames.Operation]) -> bool:
+    """Whether all rows that join do so from one and the same pass, and nothing else is computed."""
+    passes = sum(isinstance(operation, frames.PrefillBatch | frames.PrefillChunk) for operation in prefill)
+    return passes == 1 and any(isinstance(operation, frames.PrefillBatch | frames.Join) for operation in prefill)

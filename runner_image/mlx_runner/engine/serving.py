@@ -20,6 +20,7 @@ from .leader import Leader
 from .prepare import Limits
 from .requests import Requests
 from .scheduler import Emission, Scheduler
+from .tail import Tail
 from .text import load_tokenizer
 from .worker import WarmUpGate, Worker
 
@@ -120,10 +121,11 @@ def load(command: channel.Load, formed: Formed | None, process: Process) -> Serv
     if (group.rank if group else 0, group.world_size if group else 1) != (command.rank, command.world_size):
         raise ValueError(f"Load as rank {command.rank} of {command.world_size} does not fit the group: {group}")
     shard = loading.load(command, formed.ring if formed else None, process.events.send)
+    tail = Tail(shard.model)
     if formed is not None and shard.stage is not None:
-        compute: Compute = PipelineStage(shard.stage, formed.source, formed.sink)
+        compute: Compute = PipelineStage(shard.stage, tail, formed.source, formed.sink)
     else:
-        compute = WholeModel(shard.model, leader=command.rank == 0)
+        compute = WholeModel(shard.model, tail, leader=command.rank == 0)
     executor = Executor(compute)
     if formed is not None and formed.worker is not None and formed.gate is not None:
         return WorkerServer(shard.loaded, executor, formed.worker, formed.gate, process.ending)
@@ -175,7 +177,12 @@ class LeaderServer:
         pipelined = command.sharding is Sharding.PIPELINE and group is not None
         ahead, lanes = (_FRAMES_AHEAD, _PIPELINE_LANES) if pipelined else (1, 1)
         scheduler = Scheduler(
-            shard.budget.rows, tokenizer.eos, lanes=lanes, ahead=ahead, max_tokens=shard.budget.tokens
+            shard.budget.rows,
+            tokenizer.eos,
+            lanes=lanes,
+            ahead=ahead,
+            max_tokens=shard.budget.tokens,
+            whole_prompts=shard.ends_suffice,
         )
         reuse = _Reuse(shard, command, executor, scheduler, process)
         self._leader = Leader(
