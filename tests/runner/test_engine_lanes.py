@@ -1,6 +1,7 @@
 """Two lanes of a pipeline: the same tokens as in one process, whoever comes and goes when."""
 
 import gc
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from mlx_runner.engine.scheduler import SECOND_LANE_ROWS
 from mlx_runner.engine.tail import Tail
 
 from .conftest import plain_mlx_lm
-from .engine_ranks import Ranks, generate, running, wait_until
+from .engine_ranks import ROOT, Ranks, generate, running, wait_until
 
+TWO_LANES = (str(ROOT / "tests/runner/two_lane_engine.py"),)
 TOKENS = 16
 PLACES = 24
 PROMPTS = [tuple((i * 37 + number * 13) % 380 + 3 for i in range(5 + number * 7 % 60)) for number in range(PLACES)]
@@ -36,7 +38,7 @@ def wide(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Path]
 ) -> Iterator[Ranks]:
     """A pipeline with places for two lanes."""
-    with running(tmp_path_factory.mktemp("wide"), request.param, Sharding.PIPELINE) as ranks:
+    with running(tmp_path_factory.mktemp("wide"), request.param, Sharding.PIPELINE, program=TWO_LANES) as ranks:
         yield ranks.serve(tiny("qwen2"), max_concurrent_requests=PLACES)
 
 
@@ -109,6 +111,18 @@ def test_a_late_short_request_is_answered_before_a_long_prompt_is_read(wide: Ran
     for number in range(4):
         leader.send(channel.Cancel(id=f"running-{number}"))
     all_rest(wide)
+
+
+def test_the_warm_up_finds_out_from_how_many_requests_on_a_second_lane_pays(
+    tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    with running(tmp_path, 2, Sharding.PIPELINE) as ranks:
+        ranks.serve(tiny("qwen2"), max_concurrent_requests=PLACES)
+        said = [event.text for event in ranks[0].seen if isinstance(event, channel.Notice)]
+        found = next(re.match("two lanes from ([0-9]+) requests on", text) for text in said if "two lanes" in text)
+        assert found is not None
+        assert 2 <= int(found[1]) <= PLACES + SECOND_LANE_ROWS
+        all_rest(ranks)
 
 
 def test_rows_that_leave_take_their_memory_with_them(tiny: Callable[[str], Path]) -> None:

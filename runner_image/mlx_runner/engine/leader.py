@@ -12,7 +12,7 @@ from collections.abc import Callable
 from mlx_runner.channel import Goodbye, Warmup
 from mlx_runner.progress import Phase, Progress
 
-from . import frames
+from . import frames, lanes
 from .forward import Executor
 from .frames import Frame
 from .group import Group
@@ -35,6 +35,8 @@ class Leader:
     """The loop of rank 0's main thread. Everything it has to know comes through `put`.
 
     `ahead`: frames under way at a time, where none waits for the result of another.
+    `lane_count`, `max_rows`: of the scheduler; where it has two lanes the warm-up finds out when to use the second.
+    `warmed_up`: told from how many requests on that is; None where there is one lane.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Leader:
         *,
         progress: Progress,
         emit: Callable[[list[Emission]], None],
-        warmed_up: Callable[[], None],
+        warmed_up: Callable[[int | None], None],
         ahead: int,
+        lane_count: int = 1,
+        max_rows: int = 1,
     ) -> None:
         self._executor = executor
         self._scheduler = scheduler
@@ -56,6 +60,8 @@ class Leader:
         self._emit = emit
         self._warmed_up = warmed_up
         self._ahead = ahead
+        self._lane_count = lane_count
+        self._max_rows = max_rows
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._planned: deque[Frame] = deque()
         self._sequence = 0
@@ -70,9 +76,9 @@ class Leader:
         """Serve until a goodbye; then the other ranks have been told, and this process may end."""
         while not self._goodbye:
             self._read()
-            self._plan()
+            self._plan(self._scheduler)
             if self._planned:
-                self._turn(self._planned.popleft())
+                self._give(self._turn(self._planned.popleft(), self._scheduler))
             elif not self._goodbye:
                 self._rest()
         self._leave()
@@ -92,9 +98,9 @@ class Leader:
             case Goodbye():
                 self._goodbye = True
 
-    def _plan(self) -> None:
+    def _plan(self, scheduler: Scheduler) -> None:
         while len(self._planned) < self._ahead:
-            turn = self._scheduler.plan()
+            turn = scheduler.plan()
             if turn is None:
                 return
             self._planned.append(self._send(*turn.operations, lane=turn.lane))
@@ -108,24 +114,41 @@ class Leader:
                 worker.send(raw)
         return frame
 
-    def _turn(self, frame: Frame) -> None:
+    def _turn(self, frame: Frame, scheduler: Scheduler) -> list[Emission]:
         self._cleared = False
         self._progress.write(Phase.COMPUTING)
         logits = self._executor.run(frame)
         self._progress.holds(self._executor.rows, self._executor.cache_bytes)
         if frame.step is None or logits is None:
             self._progress.write(Phase.COMPUTING, steps=1)
-            return
-        tokens = sample(logits, [row.sampler for row in self._scheduler.rows(frame.lane)])
+            return []
+        tokens = sample(logits, [row.sampler for row in scheduler.rows(frame.lane)])
         self._progress.write(Phase.COMPUTING, steps=1, tokens=len(tokens))
-        self._give(self._scheduler.take(frame.lane, tokens))
+        return scheduler.take(frame.lane, tokens)
+
+    def _drive(self, scheduler: Scheduler) -> list[Emission]:
+        """Serve all that a scheduler has, to its end."""
+        emissions = []
+        self._plan(scheduler)
+        while self._planned:
+            emissions += self._turn(self._planned.popleft(), scheduler)
+            self._plan(scheduler)
+        return emissions
 
     def _give(self, emissions: list[Emission]) -> None:
         for emission in emissions:
             if emission.uid == _WARM_UP_UID and emission.finish is not None:
-                self._send(frames.WarmedUp())
-                self._warmed_up()
+                self._end_warm_up()
         self._emit([emission for emission in emissions if emission.uid != _WARM_UP_UID])
+
+    def _end_warm_up(self) -> None:
+        second = None
+        if self._lane_count > 1:
+            # The row of the warm-up leaves its lane with a frame of its own.
+            self._emit(self._drive(self._scheduler))
+            second = self._scheduler.second_lane_rows = lanes.crossover(self._drive, self._max_rows, self._ahead)
+        self._send(frames.WarmedUp())
+        self._warmed_up(second)
 
     def _rest(self) -> None:
         """Sleep until there is something to do."""

@@ -27,7 +27,7 @@ fast as one frame of 128 or 64 at a time.
 _LEAST_CHUNK = 64
 """Of a long prompt, beside a batch of short ones."""
 SECOND_LANE_ROWS = 12
-"""From so many requests on there are two lanes.
+"""From so many requests on there are two lanes, where `lanes.crossover` did not find out better.
 
 A step costs mostly the reading of the weights: two small ones cost more than one. Measured as above, two lanes decode
 0.95 times as fast as one with 8 rows, 1.1 times with 16 and 1.3 times with 32.
@@ -107,6 +107,7 @@ class Scheduler:
     `ahead`: frames that may be under way at a time; more than one only where the ranks are stages of a pipeline.
     `max_tokens`: memory for rows, as their number times the longest of them; None: enough for any.
     `whole_prompts`: whether a prompt's last token can be computed together with the others.
+    `second_lane_rows`: from so many requests on all lanes are used; it may be changed at any time.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Scheduler:
         ahead: int = 1,
         max_tokens: int | None = None,
         whole_prompts: bool = False,
+        second_lane_rows: int = SECOND_LANE_ROWS,
     ) -> None:
         self.prefixes = PrefixCache()
         self._max_rows = max_rows
@@ -125,6 +127,7 @@ class Scheduler:
         self._ahead = ahead
         self._max_tokens = max_tokens
         self._whole_prompts = whole_prompts
+        self.second_lane_rows = second_lane_rows
         self._waiting: deque[Row] = deque()
         self._prefilling: Row | None = None
         self._prefilling_lane = 0
@@ -284,7 +287,7 @@ class Scheduler:
         """How many waiting rows may join a lane: half of all with two lanes; else only the fullest lane is filled."""
         sizes = [self._size(other) for other in self._lanes]
         active = sum(sizes) + min(len(self._waiting), self._free())
-        if active >= SECOND_LANE_ROWS:
+        if active >= self.second_lane_rows:
             return -(-active // len(self._lanes)) - sizes[lane.number]
         return active if sizes.index(max(sizes)) == lane.number else 0
 

@@ -11,6 +11,7 @@ from mlx_runner.progress import Phase, Progress
 
 from . import load as loading
 from . import pipeline, ring
+from .blocks import rows_in
 from .events import Events
 from .failures import Ending
 from .forward import Compute, Executor, PipelineStage, WholeModel
@@ -193,6 +194,8 @@ class LeaderServer:
             emit=self._emit,
             warmed_up=reuse.start,
             ahead=ahead,
+            lane_count=lanes,
+            max_rows=min(shard.budget.rows, rows_in(shard.budget.tokens)),
         )
         self._requests = Requests(tokenizer, limits, self._leader.put, process.events.send)
         self._requests.start()
@@ -234,8 +237,10 @@ class _Reuse:
         self._scheduler = scheduler
         self._process = process
 
-    def start(self) -> None:
+    def start(self, second_lane_rows: int | None) -> None:
         """The warm-up is done: what prompts have in common is reused from now on, where that is possible."""
+        if second_lane_rows is not None:
+            self._process.events.notice(f"two lanes from {second_lane_rows} requests on, as measured in the warm-up")
         size = self._shard.prompt_cache_bytes
         if size == 0:
             self._process.events.notice("prompts are not reused: promptCacheBytes is 0")
