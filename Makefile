@@ -29,8 +29,8 @@ demo: setup-cluster ## A cluster, images, chart, a small model, two runners, one
 demo-down: setup-cluster ## Remove what `make demo` made
 	@$(PY) -m examples.demo down
 
-test: lint test-unit test-runner test-apiserver test-node ## Everything below
-	@echo "make test: all layers passed"
+test: setup-cluster ## Everything below, two layers at a time (ARGS="unit apiserver": only these)
+	@$(PY) -m tests.layers $(ARGS)
 
 lint: setup ## ruff, mypy --strict, import contracts
 	@$(PY) -m ruff check .
