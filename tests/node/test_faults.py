@@ -16,10 +16,10 @@ from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState
 from tests.faults import Fault, Layer, fault
 from tests.node.chat import Questions, ask, client
+from tests.node.chatter import Chatter
 from tests.node.instance import Instance, one_per_node
 from tests.node.kube import wait_for
 from tests.node.processes import engine_pid
-from tests.node.test_failures import Chatter
 
 FOUND_SECONDS = 60.0
 """Of an assertion, for a busy machine; what was measured is printed."""

@@ -10,11 +10,11 @@ from mlx_operator_api import names
 from mlx_operator_api.conditions import ConditionType
 from mlx_operator_api.runner import RunnerState
 from tests.node.chat import Questions, ask, client
+from tests.node.chatter import Chatter
 from tests.node.instance import Instance, one_per_node
 from tests.node.kube import wait_for
 from tests.node.processes import engine_pid, kill_engine, pids_in
 from tests.node.reports import following, wait_state
-from tests.node.test_failures import Chatter
 
 PHASES = [
     RunnerState.IDLE,

@@ -1,68 +1,23 @@
 """A killed rank, pod, container and node: diagnosed in a second, healed in place, evidence kept."""
 
-import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-import openai
 import pytest
 
 from mlx_operator_api.conditions import ConditionType, Reason
+from mlx_operator_api.runner import RunnerState
+from tests.faults import Fault, Layer, fault
 from tests.node.chat import Questions, ask, client
+from tests.node.chatter import Chatter
 from tests.node.instance import Instance, one_per_node
 from tests.node.kube import wait_for
 from tests.node.processes import kill_container, kill_engine
 
 NEAR_SECONDS = 10.0
 """Bound of an assertion; the figure that counts is printed (a busy machine must not fail the test)."""
-
-
-class Chatter(threading.Thread):
-    """A few streams of long answers, one after the other, until told to stop; keeps what became of them."""
-
-    def __init__(self, cluster: Any, instance: Instance, question: str, streams: int = 3) -> None:
-        super().__init__(daemon=True)
-        self._cluster, self._instance, self._question, self._streams = cluster, instance, question, streams
-        self._enough = threading.Event()
-        self.started = threading.Event()
-        """A token came; cleared by whoever wants to see another."""
-        self.errors: list[Exception] = []
-        self.answered = 0
-
-    def run(self) -> None:
-        with client(self._cluster, self._instance) as llm:
-            threads = [threading.Thread(target=self._ask, args=(llm,), daemon=True) for _ in range(self._streams)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-
-    def _ask(self, llm: openai.OpenAI) -> None:
-        messages = [{"role": "user", "content": self._question}]
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not self._enough.is_set():
-            try:
-                stream = llm.chat.completions.create(
-                    model=self._instance.name, messages=messages, temperature=1.5, max_tokens=400, stream=True
-                )
-                for _ in stream:
-                    self.started.set()
-                self.answered += 1
-            except openai.OpenAIError as error:
-                self.errors.append(error)
-                return
-
-    def streaming(self) -> None:
-        """Wait until a token comes from now on."""
-        self.started.clear()
-        assert self.started.wait(60), "the requests never began to stream"
-
-    def finish(self) -> None:
-        """No further question; wait for the last answers."""
-        self._enough.set()
-        self.join(100)
 
 
 def first_failed_write(cluster: Any, instance: Instance) -> datetime | None:
@@ -74,6 +29,13 @@ def first_failed_write(cluster: Any, instance: Instance) -> datetime | None:
     return None
 
 
+def confirm(row: Fault, failure: dict[str, Any]) -> None:
+    """What status keeps of a failure is what the row says; behind who it was."""
+    _, _, what = failure["message"].partition(": ")
+    assert row.reason is not None and failure["reason"] == row.reason, failure
+    row.check(RunnerState(failure["state"]), row.reason, what)
+
+
 @pytest.fixture
 def pair(create: Callable[..., Instance]) -> Instance:
     instance = create("pair", runners=2, runner=one_per_node("pair"))
@@ -81,17 +43,33 @@ def pair(create: Callable[..., Instance]) -> Instance:
     return instance
 
 
-@pytest.mark.parametrize("rank", [1, 0])
+def killed(rank: int) -> Fault:
+    return Fault(
+        id=f"node-engine-killed-rank-{rank}",
+        what="engine killed while the group answers",
+        injected=f"`kill -KILL` of rank {rank}'s engine, from its node",
+        layer=Layer.CLUSTER,
+        state=RunnerState.RUNNING,
+        reason=Reason.ENGINE_CRASHED,
+        says="engine killed by signal 9 (SIGKILL) in RunnerRunning…",
+        rank=rank,
+        within=1.0,
+    )
+
+
+@fault(killed(1), killed(0))
 def test_a_killed_engine_is_named_within_a_second_and_the_same_pods_answer_again(
-    cluster: Any, pair: Instance, questions: Questions, rank: int, capsys: pytest.CaptureFixture[str]
+    cluster: Any, pair: Instance, questions: Questions, row: Fault, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert row.rank is not None
+    rank = row.rank
     before, pods = pair.status(), pair.uids()
     question, answer = next(iter(questions.answers.items()))
     chatter = Chatter(cluster, pair, question)
     chatter.start()
     chatter.streaming()
 
-    killed, clock = datetime.now(UTC), time.monotonic()
+    killed_at, clock = datetime.now(UTC), time.monotonic()
     kill_engine(cluster, pair, rank)
 
     failed_at = wait_for("RunnerFailed is written", lambda: first_failed_write(cluster, pair), NEAR_SECONDS)
@@ -107,7 +85,7 @@ def test_a_killed_engine_is_named_within_a_second_and_the_same_pods_answer_again
     assert status["epoch"] == before["epoch"] + 1
     assert status["restarts"] == 1
     failure = status["runners"][rank]["lastFailure"]
-    assert failure["reason"] == Reason.ENGINE_CRASHED
+    confirm(row, failure)
     assert failure["signal"] == "SIGKILL"
     assert failure["epoch"] == before["epoch"]
     history = status["history"]
@@ -123,17 +101,29 @@ def test_a_killed_engine_is_named_within_a_second_and_the_same_pods_answer_again
     said = pair.condition(ConditionType.RUNNER_FAILED)
     assert said["status"] == "False"
     assert "SIGKILL" in said["message"], "the last failure must stay readable after recovery"
-    took = (failed_at - killed).total_seconds()
     with capsys.disabled():
-        print(f"\n  rank {rank} killed: RunnerFailed after {took:.2f} s, an answer after {answered:.2f} s")
-    assert took < 3.0, "it is a third of a second on an idle machine, and promised within one"
+        print(f"\n  rank {rank} killed: an answer after {answered:.2f} s")
+        row.took((failed_at - killed_at).total_seconds())
 
 
-def test_a_deleted_pod_is_replaced_and_said_to_be_deleted(cluster: Any, pair: Instance, questions: Questions) -> None:
+@fault(
+    Fault(
+        id="node-pod-deleted",
+        what="a pod is deleted",
+        injected="`kubectl delete pod` of rank 1",
+        layer=Layer.CLUSTER,
+        state=RunnerState.READY,
+        reason=Reason.POD_DELETED,
+        says="…deleted…",
+    )
+)
+def test_a_deleted_pod_is_replaced_and_said_to_be_deleted(
+    cluster: Any, pair: Instance, questions: Questions, row: Fault
+) -> None:
     before, pods = pair.status(), pair.uids()
     pair.kubectl.run("delete", "pod", f"{pair.name}-1", "-n", pair.namespace, "--wait=false")
     status = pair.wait_ready(epoch=before["epoch"] + 1)
-    assert status["history"][0]["reason"] == Reason.POD_DELETED
+    confirm(row, status["runners"][1]["lastFailure"])
     assert status["history"][0]["rank"] == 1
     assert status.get("restarts", 0) == 0, "a deleted pod must not spend the budget"
     now = pair.uids()
@@ -143,24 +133,51 @@ def test_a_deleted_pod_is_replaced_and_said_to_be_deleted(cluster: Any, pair: In
         assert ask(llm, pair.name, question) == answer
 
 
+@fault(
+    Fault(
+        id="node-container-killed",
+        what="a container is killed whole",
+        injected="SIGKILL to all processes of rank 1's container, from its node",
+        layer=Layer.CLUSTER,
+        state=RunnerState.READY,
+        reason=Reason.CONTAINER_CRASHED,
+        says="…exit code 137 (SIGKILL)…",
+    )
+)
 def test_a_container_killed_whole_is_reported_by_its_successor_in_the_same_pod(
-    cluster: Any, pair: Instance, questions: Questions
+    cluster: Any, pair: Instance, questions: Questions, row: Fault
 ) -> None:
     before, pods = pair.status(), pair.uids()
     kill_container(cluster, pair, 1)
     status = pair.wait_ready(epoch=before["epoch"] + 1)
     assert pair.uids() == pods
-    failure = status["runners"][1]["lastFailure"]
-    assert failure["reason"] in (Reason.CONTAINER_CRASHED, Reason.OUT_OF_MEMORY)
-    assert failure["state"] in ("RunnerReady", "RunnerRunning")
+    confirm(row, status["runners"][1]["lastFailure"])
     assert status["history"][0]["rank"] == 1
     question, answer = next(iter(questions.answers.items()))
     with client(cluster, pair) as llm:
         assert ask(llm, pair.name, question) == answer
 
 
+@fault(
+    Fault(
+        id="node-stopped",
+        what="a node stops",
+        injected="kubelet, containers and network of a node end at once",
+        layer=Layer.CLUSTER,
+        who="the rank on that node",
+        state=None,
+        reason=Reason.RUNNER_UNREACHABLE,
+        says="…silent since …",
+        within=20.0,
+        then="by itself: the next epoch, on another node (`NodeLost`, where Kubernetes said so first)",
+    )
+)
 def test_a_stopped_node_moves_its_rank_and_keeps_the_evidence(
-    cluster: Any, create: Callable[..., Instance], questions: Questions, capsys: pytest.CaptureFixture[str]
+    cluster: Any,
+    create: Callable[..., Instance],
+    questions: Questions,
+    row: Fault,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     spread = {
         "affinity": {
@@ -184,10 +201,13 @@ def test_a_stopped_node_moves_its_rank_and_keeps_the_evidence(
     clock = time.monotonic()
     cluster.stop_node(lost)
     try:
+        instance.wait("the rank is missed", lambda status: (status.get("history") or [{}])[0].get("rank") == rank)
+        with capsys.disabled():
+            row.took(time.monotonic() - clock)
         status = instance.wait_ready(epoch=before["epoch"] + 1, timeout=150)
         took = time.monotonic() - clock
         assert instance.pods()[rank]["spec"]["nodeName"] == operator_node
-        assert status["history"][0]["reason"] in (Reason.NODE_LOST, Reason.RUNNER_UNREACHABLE)
+        assert status["history"][0]["reason"] in (Reason.NODE_LOST, row.reason)
         assert status["history"][0]["rank"] == rank
         assert lost in status["runners"][rank]["lastFailure"]["message"]
         question, answer = next(iter(questions.answers.items()))
