@@ -40,7 +40,7 @@ class ApiFault:
     inject: Injection
     seconds: float
     """How long it lasts."""
-    within: float = 10.0
+    within: float = 15.0
     """Seconds from its end until all is Ready."""
     failure: Callable[[Stage], Awaitable[None]] = engine_killed
     """What happens to the group meanwhile."""
