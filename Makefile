@@ -8,7 +8,7 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
 export PATH := $(or $(MLX_OPERATOR_CACHE),$(HOME)/.cache/mlx-operator)/go/bin:/usr/sbin:/sbin:$(PATH)
 
-.PHONY: help setup setup-cluster bench-serving lint format test test-unit test-runner test-apiserver test-node demo demo-down generate \
+.PHONY: help setup setup-cluster bench-serving lint format test test-unit test-runner test-apiserver test-chaos soak test-node demo demo-down generate \
   cluster-up cluster-down images
 
 help: ## This text
@@ -50,6 +50,12 @@ test-runner: setup ## Real MLX on loopback, no cluster
 test-apiserver: setup-cluster ## Real etcd and kube-apiserver on loopback
 	@$(PY) -m tests.cluster.binaries etcd kube-apiserver kube-controller-manager kubectl helm >/dev/null
 	$(PYTEST) tests/apiserver -q
+test-chaos: setup-cluster ## Faults of the API server, two replicas, short random walks
+	@$(PY) -m tests.cluster.binaries etcd kube-apiserver kube-controller-manager kubectl helm >/dev/null
+	$(PYTEST) tests/chaos -q
+soak: setup-cluster ## Random walks through all faults (ARGS="--minutes 60 --seed N"; a failure prints how to see it again)
+	@$(PY) -m tests.cluster.binaries etcd kube-apiserver kube-controller-manager kubectl helm >/dev/null
+	@$(PY) -m tests.chaos $(ARGS)
 test-node: images ## Real containerd and kubelet: two nodes
 	$(PYTEST) tests/node -q
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from docs import chaostable
 from tests.faults import Fault, Layer, declared
 
 _HEAD = """\
@@ -33,6 +34,7 @@ def text() -> str:
     for layer, group in groupby(rows, key=lambda row: row.layer):
         lines += ["", f"## {_TITLES[layer]}", ""]
         lines += _table(list(group))
+    lines += ["", *chaostable.lines()]
     return "\n".join(lines) + "\n"
 
 

@@ -40,6 +40,7 @@ LAYERS = (
     Layer("unit", "test-unit"),
     Layer("node", "test-node", after="images"),
     Layer("apiserver", "test-apiserver", after="images"),
+    Layer("chaos", "test-chaos", after="images"),
 )
 """In the order in which they start."""
 

@@ -5,7 +5,7 @@ import logging
 import sys
 
 from mlx_operator.decide.plan import plan
-from mlx_operator.errors import StartError
+from mlx_operator.errors import HostError, StartError
 from mlx_operator.logs import configure, decision
 from mlx_operator.main import Process
 from mlx_operator.options import OptionError, parse
@@ -27,6 +27,9 @@ def main() -> int:
         return asyncio.run(run())
     except StartError as error:
         decision("cannot start", level=logging.ERROR, why=str(error))
+        return 1
+    except HostError as error:
+        decision("the watches ended, exiting", level=logging.ERROR, why=str(error))
         return 1
 
 

@@ -19,6 +19,7 @@ from mlx_operator.logs import decision
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe.observer import Observer
 from mlx_operator.observe.podevents import PodEvents
+from mlx_operator.observe.podreads import PodReads
 from mlx_operator.observe.reports import ReportStreams
 from mlx_operator.observe.shelf import Key
 from mlx_operator.observe.store import Store
@@ -59,8 +60,15 @@ class Controller:
         self._port = RunnerPort()
         self._recorder = Recorder(kube, reporter=configuration.reporter, metrics=metrics)
         self._lister = Lister(kube, self.store, configuration.scope, metrics)
+        self._pod_reads = PodReads(kube, self.store, changed=self.observer.changed)
         self._streams = ReportStreams(
-            self.store, self._port, token_of=token_of, changed=self.observer.changed, now=wall_clock, metrics=metrics
+            self.store,
+            self._port,
+            token_of=token_of,
+            changed=self.observer.changed,
+            now=wall_clock,
+            metrics=metrics,
+            lost=self._pod_reads.want,
         )
         self._pod_events = PodEvents(kube, self.store, changed=self.observer.changed, now=wall_clock)
         self._sender = TaskSender(
@@ -112,6 +120,7 @@ class Controller:
             self.queue.add(Key(instance["metadata"]["namespace"], instance["metadata"]["name"]))
         self._spawn("sweeper", sweeper.run())
         self._spawn("pod events", self._pod_events.run())
+        self._spawn("pod reads", self._pod_reads.run())
         self._spawn("event recorder", self._recorder.run())
         for number in range(self._configuration.workers):
             self._spawn(f"worker {number}", self._reconciler.run_worker())

@@ -10,6 +10,10 @@ class StartError(Exception):
     """The operator cannot work at all as it is installed; the text is one sentence for a person."""
 
 
+class HostError(Exception):
+    """The host of the watches ended with an error that it does not get over; a new process does."""
+
+
 class Refusals:
     """Refusals at the start, one after the other."""
 

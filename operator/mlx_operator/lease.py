@@ -30,6 +30,7 @@ class Timing:
     request: float = 3.0
 
 
+_JUST_AFTER = 0.05
 _EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
 
 
@@ -101,7 +102,7 @@ class Lease:
             if held_by != told:
                 decision("standing by", leader=held_by or None)
                 told = held_by
-            await asyncio.sleep(self._timing.retry)
+            await asyncio.sleep(self._pause())
 
     async def hold(self, lost: Callable[[str], None]) -> None:
         """Renew until cancelled, or until leadership is lost: then `lost` is called with the reason, once.
@@ -190,8 +191,17 @@ class Lease:
         version, now = lease["metadata"]["resourceVersion"], asyncio.get_running_loop().time()
         if self._seen[0] != version:
             self._seen = (version, now)
-        duration = float(_spec(lease).get("leaseDurationSeconds") or self._timing.duration)
-        return now - self._seen[1] > duration
+        return now - self._seen[1] > self._duration(lease)
+
+    def _duration(self, lease: Manifest) -> float:
+        return float(_spec(lease).get("leaseDurationSeconds") or self._timing.duration)
+
+    def _pause(self) -> float:
+        """Until the next try to take it: at the instant at which it runs out, if that is sooner than the next look."""
+        if self._lease is None or not _holder(self._lease):
+            return self._timing.retry
+        left = self._seen[1] + self._duration(self._lease) - asyncio.get_running_loop().time()
+        return min(self._timing.retry, max(0.0, left) + _JUST_AFTER)
 
     async def _renew(self) -> None:
         began = asyncio.get_running_loop().time()

@@ -153,15 +153,15 @@ class World:
         return started
 
     @asynccontextmanager
-    async def deployment(self, *flags: str) -> AsyncIterator[list[OperatorProcess]]:
+    async def deployment(self, *flags: str, replica: int = 0) -> AsyncIterator[list[OperatorProcess]]:
         """An operator that is started again whenever it ends, as its Deployment does; yields all so far."""
-        started = [await self.operator(*flags, ready=False)]
+        started = [await self.operator(*flags, ready=False, replica=replica)]
 
         async def keep() -> None:
             while True:
                 await started[-1].process.wait()
                 await asyncio.sleep(0.5)
-                started.append(await self.operator(*flags, ready=False))
+                started.append(await self.operator(*flags, ready=False, replica=replica))
 
         keeping = asyncio.create_task(keep(), name="deployment")
         try:
@@ -310,10 +310,10 @@ def install(server: ApiServer) -> None:
     apply_chart(server, RELEASE)
 
 
-def apply_chart(server: ApiServer, release: str, *values: str) -> None:
+def apply_chart(server: ApiServer, release: str, *values: str, namespace: str = NAMESPACE) -> None:
     """Apply the chart's objects, without the Deployment: operators here are processes."""
     helm = binaries.ensure(tell, only={"helm"}) / "helm"
-    argv = [str(helm), "template", release, str(ROOT / "helm" / "mlx-operator"), f"--namespace={NAMESPACE}", *values]
+    argv = [str(helm), "template", release, str(ROOT / "helm" / "mlx-operator"), f"--namespace={namespace}", *values]
     text = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout
     objects = [item for item in yaml.safe_load_all(text) if item and item["kind"] != "Deployment"]
     kubectl(server, "apply", "-f", "-", stdin=yaml.safe_dump_all(objects))

@@ -12,7 +12,7 @@ import random
 import signal
 import struct
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ import aiohttp
 from mlx_operator.act.kube import Kube, KubeError
 from mlx_operator.act.resources import NODES, PODS, SECRETS, Resource
 from mlx_operator_api import names
+from mlx_runner import channel
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "tests" / "runner" / "fake_engine.py"
@@ -132,6 +133,12 @@ class Kubelet:
         os.kill(pid, signal.SIGKILL)
         return pid
 
+    def engines(self, container: Container) -> list[int]:
+        """The engines that a container's supervisor has begun to use and that are not dead; no spares."""
+        process = container.process
+        children = _children(process.pid) if process is not None and process.returncode is None else []
+        return [pid for pid in children if _is_engine(pid)]
+
     # -- the watch
     async def _follow(self) -> None:
         while True:
@@ -149,7 +156,7 @@ class Kubelet:
                             await self._end(gone, kill=True)
                     elif kind in ("ADDED", "MODIFIED"):
                         await self._seen(item)
-            except (KubeError, aiohttp.ClientError, OSError, TimeoutError):
+            except (KubeError, aiohttp.ClientError, OSError, TimeoutError, ValueError):  # also an event that breaks off
                 await asyncio.sleep(0.2)
 
     async def _events(self, version: str) -> AsyncIterator[tuple[str, dict[str, Any]]]:
@@ -181,15 +188,18 @@ class Kubelet:
         self._next += 1
         container = Container(metadata["uid"], metadata["namespace"], metadata["name"], ip, node, pod)
         self.containers[container.uid] = container
-        if not pod["spec"].get("nodeName"):
-            target = {"apiVersion": "v1", "kind": "Node", "name": node}
-            body = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": container.name}, "target": target}
-            path = Resource("", "v1", f"pods/{container.name}/binding", "Binding")
-            await self._kube.create(path, container.namespace, body)
         container.tasks.append(asyncio.create_task(self._live(container), name="live"))
 
     # -- one pod
+    async def _bind(self, container: Container) -> None:
+        if not container.manifest["spec"].get("nodeName"):
+            target = {"apiVersion": "v1", "kind": "Node", "name": container.node}
+            body = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": container.name}, "target": target}
+            path = Resource("", "v1", f"pods/{container.name}/binding", "Binding")
+            await _persist(lambda: self._kube.create(path, container.namespace, body))
+
     async def _live(self, container: Container) -> None:
+        await self._bind(container)
         while container.name in self.held:
             await self._report(container, {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}})
             await asyncio.sleep(0.2)
@@ -228,7 +238,9 @@ class Kubelet:
         token = state / "token"
         if not token.exists():
             volume = next(volume for volume in spec["volumes"] if "secret" in volume)
-            secret = await self._kube.get(SECRETS, container.namespace, volume["secret"]["secretName"])
+            name = volume["secret"]["secretName"]
+            secret = await _persist(lambda: self._kube.get(SECRETS, container.namespace, name))
+            assert secret is not None, f"Secret {name} is created before its pods"
             token.write_bytes(base64.b64decode(secret["data"][names.TOKEN_KEY]))
         environment |= {
             names.ENV_LISTEN_HOST: container.ip,
@@ -312,17 +324,16 @@ class Kubelet:
         await _persist(lambda: self._kube.delete(PODS, namespace, name, uid=uid, grace_seconds=0))
 
 
-async def _persist(request: Any) -> None:
-    """A kubelet repeats what the API server did not take; what is gone is done."""
-    for _ in range(600):
+async def _persist(request: Callable[[], Awaitable[Any]]) -> Any:
+    """A kubelet repeats what the API server did not take, also over a long outage; None for what is gone."""
+    for _ in range(3000):
         try:
-            await request()
+            return await request()
         except KubeError as error:
             if not error.transient:
-                return
+                return None
             await asyncio.sleep(0.1)
-        else:
-            return
+    raise AssertionError("the API server took nothing for 5 minutes")
 
 
 def _children(pid: int) -> list[int]:
@@ -334,6 +345,14 @@ def _children(pid: int) -> list[int]:
         return sorted(found())
     except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+def _is_engine(pid: int) -> bool:
+    try:
+        name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return name == channel.ENGINE_NAME and rest.split()[0] not in ("Z", "X")
 
 
 def _now() -> str:

@@ -147,14 +147,14 @@ async def scene() -> AsyncIterator[Scene]:
     scene.queue.close()
 
 
-def failing(*errors: tuple[str, str, int]) -> Callable[[str, str, str], None]:
+def failing(*errors: tuple[str, str, int], reason: str = "Injected") -> Callable[[str, str, str], None]:
     left = list(errors)
 
     def fail(verb: str, plural: str, name: str) -> None:
         for error in left:
             if error[:2] == (verb, plural):
                 left.remove(error)
-                raise KubeError(error[2], "Injected", "injected")
+                raise KubeError(error[2], reason, "injected")
 
     return fail
 
@@ -330,6 +330,30 @@ async def test_a_pod_that_is_already_gone_counts_as_deleted(scene: Scene, status
     scene.plans = [Plan(Status(epoch=1), (DeletePod("tiny-0", "pod-0", "its template changed"),))]
     scene.kube.before = failing(("delete", "pods", status))
     await scene.reconcile()
+
+
+async def test_a_pod_that_is_still_there_after_a_conflict_is_deleted_again(scene: Scene) -> None:
+    uid = scene.kube.put(PODS, child(PODS, "tiny-0"))["metadata"]["uid"]
+    scene.plans = [Plan(Status(epoch=1), (DeletePod("tiny-0", uid, "its template changed"),))]
+    scene.kube.before = failing(("delete", "pods", 409), reason="Conflict")
+    with pytest.raises(KubeError):
+        await scene.reconcile()
+    await scene.reconcile()
+    assert ("pods", "default", "tiny-0") not in scene.kube.objects
+
+
+@pytest.mark.parametrize("kind", ["secrets", "pods"])
+async def test_a_child_that_lost_a_race_for_its_quota_is_no_refusal_and_is_made_with_the_next_try(
+    scene: Scene, kind: str
+) -> None:
+    scene.plans = [Plan(Status(epoch=1), (CREATE,))]
+    scene.kube.before = failing(("create", kind, 409), reason="Conflict")
+    with pytest.raises(KubeError):
+        await scene.reconcile()
+    assert scene.store.refusals.of(TINY) == {}
+    await scene.reconcile()
+    assert ("secrets", "default", "tiny-secret") in scene.kube.objects
+    assert ("pods", "default", "tiny-0") in scene.kube.objects
 
 
 async def test_a_hanging_task_keeps_no_status_from_being_written(scene: Scene) -> None:

@@ -80,12 +80,27 @@ class Actor:
                 PODS, key.namespace, action.name, uid=action.uid, grace_seconds=action.grace_seconds
             )
         except KubeError as error:
-            if error.status not in (404, 409):  # gone, or another pod under its name: this one is gone
+            if error.status == 404:
+                return
+            if error.status != 409:
                 raise
+            await self._deleted_meanwhile(key, action, error)
             return
         decision("pod deleted", instance=key, pod=action.name, why=action.why, grace_seconds=action.grace_seconds)
         if answer.get("kind") == PODS.kind:
             self._answered(PODS, answer)
+
+    async def _deleted_meanwhile(self, key: Key, action: DeletePod, error: KubeError) -> None:
+        """A conflict: there is another pod under the name by now, or somebody changed this one at the same moment."""
+        try:
+            pod = await self._kube.get(PODS, key.namespace, action.name)
+        except KubeError as unread:
+            if unread.status != 404:
+                raise
+            return
+        if pod["metadata"]["uid"] == action.uid:
+            raise error
+        self._answered(PODS, pod)
 
     async def _create(
         self, key: Key, instance: Mapping[str, Any], action: CreatePod | ApplyService, secrets: set[str]
@@ -102,7 +117,7 @@ class Actor:
             else:
                 await self._apply_service(key, instance, action)
         except KubeError as error:
-            if error.transient:
+            if error.transient or error.contended:
                 raise
             refusal = Refusal(error.status, error.message, self._now())
             self._store.refusals.note(key, action.name, action.manifest, refusal)
@@ -120,7 +135,7 @@ class Actor:
         except KubeError as error:
             # Its name holds the uid and the key: an earlier try of ours made the same. Whether somebody else made it
             # with another token (we may not read it) shows when the runners refuse ours.
-            if error.status != 409:
+            if not error.exists:
                 raise
         else:
             decision("secret created", instance=key, secret=name)
@@ -130,7 +145,7 @@ class Actor:
         try:
             pod = await self._kube.create(PODS, key.namespace, action.manifest)
         except KubeError as error:
-            if error.status != 409 or error.reason != "AlreadyExists":
+            if not error.exists:
                 raise
             pod = await self._kube.get(PODS, key.namespace, action.name)
             _require_ours(pod, instance, PODS)

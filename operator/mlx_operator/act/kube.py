@@ -4,6 +4,7 @@ The typed calls of the client are avoided: they validate bodies against models t
 without preloading never raise. Here every answer's status is checked and every failure is a `KubeError`.
 """
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -11,13 +12,14 @@ from typing import Any, Protocol
 import aiohttp
 from kubernetes.aio import client, config
 
-from mlx_operator.act.resources import Resource
+from mlx_operator.act.resources import LEASES, Resource
 from mlx_operator_api import names
 
 Manifest = dict[str, Any]
 REQUEST_SECONDS = 10.0
 LIST_SECONDS = 30.0
 PAGE = 500
+LONGEST_PAUSE_SECONDS = 10.0
 MAX_MESSAGE = 300
 _HEAD = 100
 _MERGE_PATCH = "application/merge-patch+json"
@@ -43,6 +45,16 @@ class KubeError(Exception):
     def ambiguous(self) -> bool:
         """The request may have been carried out although no success was answered."""
         return self.status == 0 or self.status >= 500
+
+    @property
+    def exists(self) -> bool:
+        """There is an object under the name that was to be created."""
+        return self.status == 409 and self.reason == "AlreadyExists"
+
+    @property
+    def contended(self) -> bool:
+        """Somebody else wrote at the same moment: the object, or a quota that counts it."""
+        return self.status == 409 and self.reason == "Conflict"
 
     @property
     def transient(self) -> bool:
@@ -80,11 +92,15 @@ async def configuration(kubeconfig: str | None) -> client.Configuration:
 
 
 class Kube:
-    """The verbs. Manifests in, manifests out; `KubeError` for everything that goes wrong."""
+    """The verbs. Manifests in, manifests out; `KubeError` for everything that goes wrong.
+
+    Where the API server answers one with `Retry-After`, all wait for that long, whoever sent it.
+    """
 
     def __init__(self, settings: client.Configuration, observer: RequestObserver | None = None) -> None:
         self._api = client.ApiClient(settings)
         self._observer = observer
+        self._pause_until = 0.0
 
     async def close(self) -> None:
         """Close the connections."""
@@ -194,6 +210,8 @@ class Kube:
         seconds: float = REQUEST_SECONDS,
     ) -> Manifest:
         status = 0
+        if resource != LEASES:  # leadership has a deadline, and the API server a lane of its own for it
+            await self._pause()
         try:
             arguments = await self._api.param_serialize(
                 _METHODS[verb],
@@ -205,6 +223,7 @@ class Kube:
             )
             response = await self._api.call_api(*arguments, _request_timeout=seconds)
             status = response.status
+            self._told_to_wait(response.headers.get("Retry-After"))
             data = await response.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             status = 0
@@ -214,6 +233,18 @@ class Kube:
                 kind = resource.plural if subresource is None else f"{resource.plural}/{subresource}"
                 self._observer(verb, kind, status)
         return _answer(status, data)
+
+    def _told_to_wait(self, retry_after: str | None) -> None:
+        """An API server that has too much to do says (429, 503) for how long nothing more should come."""
+        if retry_after is None or not retry_after.isdecimal():
+            return
+        pause = min(float(retry_after), LONGEST_PAUSE_SECONDS)
+        self._pause_until = max(self._pause_until, asyncio.get_running_loop().time() + pause)
+
+    async def _pause(self) -> None:
+        left = self._pause_until - asyncio.get_running_loop().time()
+        if left > 0:
+            await asyncio.sleep(left)
 
 
 _METHODS = {"list": "GET", "get": "GET", "create": "POST", "update": "PUT", "patch": "PATCH", "delete": "DELETE"}

@@ -76,7 +76,7 @@ class Recorder:
             try:
                 await self._record(pending)
             except KubeError as error:
-                if attempt == _ATTEMPTS or not error.transient:
+                if attempt == _ATTEMPTS or not (error.transient or error.contended):
                     self._metrics.events_dropped.inc()
                     decision("event not recorded", level=logging.WARNING, error=error, **pending.about)
                     return
@@ -89,7 +89,7 @@ class Recorder:
         try:
             await self._kube.create(EVENTS, pending.namespace, pending.body)
         except KubeError as error:
-            if error.status != 409:
+            if not error.exists:
                 raise
             await self._repeat(pending)
 

@@ -8,9 +8,11 @@ import random
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import aiohttp
 import kopf
 
 from mlx_operator.act.resources import INSTANCES, NODES, PODS, SERVICES, Resource
+from mlx_operator.errors import HostError
 from mlx_operator.observe.sweep import Scope
 from mlx_operator_api import names
 
@@ -108,14 +110,21 @@ def _feed(handlers: kopf.OperatorRegistry, resource: Resource, feed: Event) -> N
 
 
 async def watch(handlers: kopf.OperatorRegistry, scope: Scope, ready: Any) -> None:
-    """Watch until SIGTERM, SIGINT or an error that kopf cannot get over; `ready` is set once the watches begin."""
-    await kopf.operator(
-        registry=handlers,
-        settings=settings(),
-        standalone=True,
-        clusterwide=not scope.namespaces,
-        namespaces=scope.namespaces,
-        ready_flag=ready,
-        # Peering is off; kopf would ask for the name of the user, and the pod's uid has none.
-        identity=names.FIELD_MANAGER,
-    )
+    """Watch until SIGTERM or SIGINT; `ready` is set once the watches begin.
+
+    Raises:
+        HostError: an answer broke off where kopf does not ask again, such as its discovery at the start.
+    """
+    try:
+        await kopf.operator(
+            registry=handlers,
+            settings=settings(),
+            standalone=True,
+            clusterwide=not scope.namespaces,
+            namespaces=scope.namespaces,
+            ready_flag=ready,
+            # Peering is off; kopf would ask for the name of the user, and the pod's uid has none.
+            identity=names.FIELD_MANAGER,
+        )
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise HostError(f"{type(error).__name__}: {error}") from error

@@ -37,6 +37,7 @@ class ReportStreams:
         token_of: bearer token of an instance's uid.
         changed: called with each instance that has to be planned again.
         now: the wall clock.
+        lost: called with the uid of each pod whose stream broke.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class ReportStreams:
         changed: Changed,
         now: Callable[[], datetime],
         metrics: Metrics,
+        lost: Callable[[str], None] = lambda _uid: None,
     ) -> None:
         self._store = store
         self._port = port
@@ -55,6 +57,7 @@ class ReportStreams:
         self._changed = changed
         self._now = now
         self._metrics = metrics
+        self._pod_lost = lost
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._wake: dict[str, asyncio.Event] = {}
 
@@ -177,6 +180,7 @@ class ReportStreams:
             return
         if view.connected:
             decision("report stream lost", instance=self._instance(uid), pod_uid=uid, why=why)
+            self._pod_lost(uid)
         self._keep(uid, replace(view, connected=False, error=why), Urgency.AT_ONCE)
 
     def _keep(self, uid: str, view: RunnerView, urgency: Urgency) -> None:
