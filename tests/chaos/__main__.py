@@ -54,7 +54,7 @@ async def _run(server: ApiServer, folder: Path, options: argparse.Namespace, rou
 
     def going_on(number: int) -> bool:
         rounds[0] = number
-        return number < options.rounds if options.rounds else time.monotonic() < until
+        return bool(number < options.rounds if options.rounds else time.monotonic() < until)
 
     await walk(server, work, options.seed, going_on=going_on, outages=ALL_OUTAGES, tell=_tell)
 

@@ -13,7 +13,7 @@ import aiohttp
 
 from mlx_operator.act.resources import INSTANCES
 from mlx_operator_api.conditions import Reason
-from tests.chaos.rules import Cut, Delay, Hang, HangUp, Refuse, Rule, anything, not_leases, watches, writes
+from tests.chaos.rules import Cut, Delay, Hang, HangUp, Refuse, Rule, not_leases, watches, writes
 from tests.chaos.stage import Stage
 from tests.chaos.streams import Echo
 
@@ -178,7 +178,7 @@ FAULTS = (
         "slow",
         "answers take 2 s",
         "the proxy delays every request by 2 s",
-        rules(lambda: Rule(anything, Delay(2.0))),
+        rules(lambda: Rule(not_leases, Delay(2.0))),
         seconds=10,
     ),
     ApiFault(

@@ -68,6 +68,6 @@ class Stream:
 
 def expired() -> bytes:
     """What the API server sends, with status 200, to a watch from a resourceVersion that it no longer knows."""
-    status = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": "Expired"}
+    status: Event = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": "Expired"}
     status |= {"code": 410, "message": "too old resource version: 1 (2)"}
     return json.dumps({"type": "ERROR", "object": status}).encode() + b"\n"
