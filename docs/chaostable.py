@@ -13,7 +13,8 @@ server. Each begins when a group of two serves; the group fails meanwhile, and a
 row the test asserts that the failure is in status, once, with its cause; that no pod, no task and no engine was made
 twice (by the audit log, the supervisors' logs and the process table); that no operator sent more than {BUSIEST}
 requests in 2 s; and that all is Ready *within* so many seconds of the fault's end (a test accepts three times that on a
-busy machine). None needs anybody.
+busy machine). None needs anybody. Requests of the Lease are left alone where requests are refused, held or slow: a
+leader that cannot renew it ends itself, which has tests of its own (two replicas).
 """
 _COLUMNS = ("Fault", "Injected by", "Lasts", "The group meanwhile", "Within", "The operator")
 _FAILURES = {Reason.ENGINE_CRASHED: "an engine is killed", Reason.POD_DELETED: "a pod is deleted"}
