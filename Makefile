@@ -8,8 +8,8 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
 export PATH := $(or $(MLX_OPERATOR_CACHE),$(HOME)/.cache/mlx-operator)/go/bin:/usr/sbin:/sbin:$(PATH)
 
-.PHONY: help setup setup-cluster bench-serving lint format test test-unit test-runner test-apiserver test-node demo demo-down generate \
-  cluster-up cluster-down images
+.PHONY: help setup setup-cluster bench-serving lint format test test-unit test-model test-runner test-apiserver test-node demo demo-down generate \
+  model-check cluster-up cluster-down images
 
 help: ## This text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,7 +29,7 @@ demo: setup-cluster ## A cluster, images, chart, a small model, two runners, one
 demo-down: setup-cluster ## Remove what `make demo` made
 	@$(PY) -m examples.demo down
 
-test: lint test-unit test-runner test-apiserver test-node ## Everything below
+test: lint test-unit test-model test-runner test-apiserver test-node ## Everything below
 	@echo "make test: all layers passed"
 
 lint: setup ## ruff, mypy --strict, import contracts
@@ -45,6 +45,8 @@ format: setup ## ruff format and safe fixes
 test-unit: setup-cluster ## Planner, transition table, chart, everything pure; generated files are current
 	@$(PY) -m tests.cluster.binaries helm >/dev/null
 	$(PYTEST) tests/unit tests/cluster/tests -q
+test-model: setup ## Every state of two ranks and one fault: plan() and the state machine, exhaustively
+	$(PYTEST) tests/model -q
 test-runner: setup ## Real MLX on loopback, no cluster
 	$(PYTEST) tests/runner -q
 test-apiserver: setup-cluster ## Real etcd and kube-apiserver on loopback
@@ -52,6 +54,9 @@ test-apiserver: setup-cluster ## Real etcd and kube-apiserver on loopback
 	$(PYTEST) tests/apiserver -q
 test-node: images ## Real containerd and kubelet: two nodes
 	$(PYTEST) tests/node -q
+
+model-check: setup ## Every state of three ranks and two faults, as long as it takes (ARGS="--ranks 2 --faults 2")
+	@$(PY) -m tests.model $(ARGS)
 
 bench-serving: setup ## Speed beside mlx_lm.server on the same weights (about 6 min; ARGS="--quick --shapes pipeline")
 	@$(PY) -m tests.bench $(ARGS)
