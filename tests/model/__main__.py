@@ -6,7 +6,7 @@ import sys
 
 from . import liveness
 from .explore import ViolationError, explore
-from .world import World
+from .world import KINDS, World
 
 
 def main() -> int:
@@ -15,9 +15,10 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--faults", type=int, default=2)
     parser.add_argument("--budget", type=int, default=1, help="spec.restartPolicy.maxRestarts")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="only these faults")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    world = World(arguments.ranks, arguments.faults, arguments.budget)
+    world = World(arguments.ranks, arguments.faults, arguments.budget, kinds=arguments.kinds)
     print(f"{world.size} ranks, up to {world.faults} faults, budget of {world.budget} restarts", flush=True)
     try:
         graph = explore(world, lambda line: print(line, flush=True))

@@ -1,5 +1,6 @@
 """Breadth-first over every state: safety on the way, so the first violation found has a shortest trace."""
 
+import gc
 import itertools
 import re
 import time
@@ -66,7 +67,17 @@ def explore(world: World, progress: Progress = lambda line: None, limit: int | N
     known = {start: 0}
     graph.states.append(start)
     graph.parents.append(-1)
-    begun = told = time.monotonic()
+    gc.disable()  # nothing here is garbage, and there is ever more of it to look through
+    try:
+        _fill(graph, known, progress, limit)
+    finally:
+        gc.enable()
+    return graph
+
+
+def _fill(graph: Graph, known: dict[State, int], progress: Progress, limit: int | None) -> None:
+    world, begun = graph.world, time.monotonic()
+    told = begun
     level_end, number = 1, 0
     while number < len(graph.states) and (limit is None or number < limit):
         if number == level_end:
@@ -74,6 +85,8 @@ def explore(world: World, progress: Progress = lambda line: None, limit: int | N
         moves = world.moves(graph.states[number])
         graph.moves += len(moves)
         for move in moves:
+            if move.broken is not None:
+                raise violation(graph, move.broken, number, move)
             target, _ = world.canonical(move.state)
             found = known.get(target)
             if found is None:
@@ -83,8 +96,6 @@ def explore(world: World, progress: Progress = lambda line: None, limit: int | N
                 promise = safety.of_state(target, world.places(target), world.tables, world.budget)
                 if promise is not None:
                     raise violation(graph, promise, found)
-            if move.broken is not None:
-                raise violation(graph, move.broken, number, move)
             if not move.fault:
                 graph.targets.append(found)
                 graph.actors.append(graph.names.setdefault(move.actor, len(graph.names)))
@@ -95,7 +106,6 @@ def explore(world: World, progress: Progress = lambda line: None, limit: int | N
         if now - told > _EVERY_SECONDS:
             told = now
             progress(f"{graph}; {len(graph.states) - number} to go, {number / graph.seconds:.0f} states/s")
-    return graph
 
 
 def good(world: World, state: State) -> bool:

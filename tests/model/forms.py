@@ -6,7 +6,7 @@ All ranks but the first are alike, so states that differ only in their order are
 from itertools import permutations
 
 from . import normal
-from .places import Places
+from .places import Kind, Places
 from .state import Message, Place, State, Tables, View
 
 
@@ -17,18 +17,18 @@ class Forms:
         self._tables = tables
         self._places = places
         self._size = size
-        self._shifted: dict[tuple[int, int, bool], int] = {}
+        self._shifted: dict[tuple[int, int, Kind], int] = {}
         self._statuses: dict[tuple[int, tuple[int, ...]], int] = {}
-        self._turned: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._turned: dict[tuple[int, tuple[int, ...], Kind], int] = {}
         self._orders = [(0, *rest) for rest in permutations(range(1, size))][1:]
 
-    def shift(self, place: int, by: int, first: bool) -> int:
+    def shift(self, place: int, by: int, kind: Kind) -> int:
         """A place with its epochs counted from a later one."""
         if by == 0:
             return place
-        key = (place, by, first)
+        key = (place, by, kind)
         if key not in self._shifted:
-            self._shifted[key] = self._places.tidy(self._counted(self._tables.places[place], by), first)
+            self._shifted[key] = self._places.tidy(self._counted(self._tables.places[place], by), kind)
         return self._shifted[key]
 
     def _counted(self, place: Place, by: int) -> Place:
@@ -70,11 +70,11 @@ class Forms:
         if key not in self._statuses:
             turned = normal.status(self._tables.statuses[state.status], order=new)
             self._statuses[key] = self._tables.statuses.id(turned)
-        places = tuple(self._turn(state.places[rank], new, rank == 0) for rank in order)
+        places = tuple(self._turn(state.places[rank], new, Kind(rank == 0, not state.faults)) for rank in order)
         return state._replace(status=self._statuses[key], places=places)
 
-    def _turn(self, place: int, new: tuple[int, ...], first: bool) -> int:
-        key = (place, new)
+    def _turn(self, place: int, new: tuple[int, ...], kind: Kind) -> int:
+        key = (place, new, kind)
         if key not in self._turned:
             found = self._tables.places[place]
 
@@ -87,5 +87,5 @@ class Forms:
                 view=view and view._replace(report=report(view.report)),
                 words=None if found.words is None else report(found.words),
             )
-            self._turned[key] = self._places.tidy(turned, first)
+            self._turned[key] = self._places.tidy(turned, kind)
         return self._turned[key]

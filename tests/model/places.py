@@ -24,35 +24,44 @@ class Step(NamedTuple):
     """The end of a fault."""
 
 
+class Kind(NamedTuple):
+    """What the form of a place depends on besides itself."""
+
+    first: bool
+    """It is of rank 0: only there readiness is looked at."""
+    calm: bool
+    """No fault is to come: what could only matter after one is left out."""
+
+
 class Places:
-    """Steps of places, each worked out once. Rank 0 differs from the others: only its readiness is looked at."""
+    """Steps of places, each worked out once."""
 
     def __init__(self, tables: Tables, supervisors: Supervisors) -> None:
         self._tables = tables
         self._supervisors = supervisors
-        self._steps: dict[tuple[int, bool], tuple[Step, ...]] = {}
-        self._faults: dict[tuple[int, bool], tuple[Step, ...]] = {}
-        self._acted: dict[tuple[int, Effect, bool], int] = {}
+        self._steps: dict[tuple[int, Kind], tuple[Step, ...]] = {}
+        self._faults: dict[tuple[int, Kind], tuple[Step, ...]] = {}
+        self._acted: dict[tuple[int, Effect, Kind], int] = {}
 
     # -- what goes on
-    def steps(self, place: int, first: bool) -> tuple[Step, ...]:
+    def steps(self, place: int, kind: Kind) -> tuple[Step, ...]:
         """What goes on by itself."""
-        key = (place, first)
+        key = (place, kind)
         if key not in self._steps:
-            found = (self._step(place, first, *step) for step in self._all_steps(self._tables.places[place]))
+            found = (self._step(place, kind, *step) for step in self._all_steps(self._tables.places[place]))
             self._steps[key] = tuple(step for step in found if step.place != place)
         return self._steps[key]
 
-    def faults(self, place: int, first: bool) -> tuple[Step, ...]:
+    def faults(self, place: int, kind: Kind) -> tuple[Step, ...]:
         """What can go wrong."""
-        key = (place, first)
+        key = (place, kind)
         if key not in self._faults:
-            found = (self._step(place, first, *step) for step in self._all_faults(self._tables.places[place]))
+            found = (self._step(place, kind, *step) for step in self._all_faults(self._tables.places[place]))
             self._faults[key] = tuple(step for step in found if step.place != place)
         return self._faults[key]
 
-    def _step(self, place: int, first: bool, actor: str, words: str, after: Place, heals: bool = False) -> Step:
-        return Step(actor, words, self.tidy(after, first), heals)
+    def _step(self, place: int, kind: Kind, actor: str, words: str, after: Place, heals: bool = False) -> Step:
+        return Step(actor, words, self.tidy(after, kind), heals)
 
     def _all_steps(self, place: Place) -> Iterator[tuple[str, str, Place] | tuple[str, str, Place, bool]]:
         yield from self._network(place)
@@ -95,11 +104,16 @@ class Places:
                 yield "kubelet", "the pod of RANK is gone", vanished(place)
             else:
                 told = place._replace(process=self._supervisors.told_to_stop(process))
-                yield "kubelet", "the supervisor of RANK is told to stop", told
+                draining = self._tables.reports[process.report].draining
+                words = "shuts its engine down" if draining else "is told to stop"
+                yield "kubelet", f"the supervisor of RANK {words}", told
         elif process is None and pod.box is not Box.FAILED:
             again = pod.box is Box.ENDED
+            running = pod._replace(box=Box.RUNNING, restarts=1 if again else pod.restarts)
             started = place._replace(
-                pod=pod._replace(box=Box.RUNNING, restarts=1 if again else pod.restarts),
+                pod=running,
+                # Late news of a first start are no other situation than a late start.
+                seen=place.seen if again or place.seen != pod else running,
                 process=self._supervisors.start(place.words, self._incarnation(place)),
                 words=None,
             )
@@ -159,11 +173,11 @@ class Places:
             yield "reorder", words, self._deliver(place, place.older)
 
     # -- what the operator does
-    def act(self, place: int, effect: Effect, first: bool) -> int:
+    def act(self, place: int, effect: Effect, kind: Kind) -> int:
         """An action of the operator, as the API server and the network carry it out."""
-        key = (place, effect, first)
+        key = (place, effect, kind)
         if key not in self._acted:
-            self._acted[key] = self.tidy(self._act(self._tables.places[place], effect), first)
+            self._acted[key] = self.tidy(self._act(self._tables.places[place], effect), kind)
         return self._acted[key]
 
     def _act(self, place: Place, effect: Effect) -> Place:
@@ -188,14 +202,16 @@ class Places:
         return max(known) + 1
 
     # -- one form for what is equal
-    def tidy(self, place: Place, first: bool) -> int:
+    def tidy(self, place: Place, kind: Kind) -> int:
         """The number of a place in its normal form."""
         pod, process, view = place.pod, place.process, place.view
         if pod is not None:
-            ready = first and process is not None and self._tables.reports[process.report].state in SERVING
+            ready = kind.first and process is not None and self._tables.reports[process.report].state in SERVING
             pod = pod._replace(ready=ready and not place.isolated)
         if view is not None and (place.seen is None or place.seen.uid != view.uid):
             view = None
+        if kind.calm:
+            place = place._replace(older=None, task=self._to_come(place))
         uids: list[int] = []
         incarnations: list[int] = []
         uid, incarnation = place.record
@@ -215,6 +231,11 @@ class Places:
                 zombies=place.zombies,
             )
         )
+
+    def _to_come(self, place: Place) -> Message | None:
+        """The task that was sent last, unless it was carried out: arriving again, it would be answered."""
+        task = place.task
+        return task if task is not None and (place.process is None or self._deliver(place, task) != place) else None
 
     def _named(self, message: Message) -> str:
         return f"{message.task} of epoch ~{message.epoch}~"

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from mlx_operator.decide import evidence, restart
 from mlx_operator.decide.picture import assigned
-from mlx_operator_api.conditions import ConditionType
-from mlx_operator_api.runner import SERVING
-from mlx_operator_api.status import MAX_HISTORY, GroupFailure, Status
+from mlx_operator_api.conditions import ConditionType, Reason
+from mlx_operator_api.runner import SERVING, RunnerState
+from mlx_operator_api.status import MAX_HISTORY, GroupFailure, RunnerStatus, Status
 
 from . import normal
 from .state import BASE, Place, State, Tables
@@ -52,9 +52,18 @@ def of_decision(old: Status, new: Status, budget: int) -> str | None:
             return f"{{{record.rank}}} goes back to epoch ~{now.epoch}~"
         if record.last_failure is not None and now.last_failure is None:
             return f"the last failure of {{{record.rank}}} is lost: {record.last_failure.reason}"
+        if record.state is RunnerState.FAILED and _covered(record, now):
+            return f"the failure of {{{record.rank}}} is covered by the rejection of a task that came too late"
     if new.epoch > old.epoch and assigned(old) and old.epoch not in kept:
         return f"epoch ~{old.epoch}~ ends without a recorded failure"
     return None
+
+
+def _covered(old: RunnerStatus, new: RunnerStatus) -> bool:
+    before, after = old.last_failure, new.last_failure
+    if before is None or after is None or before.reason is Reason.TASK_REJECTED or new.epoch != old.epoch:
+        return False
+    return after.reason is Reason.TASK_REJECTED and after.epoch == before.epoch
 
 
 def of_state(state: State, places: Iterable[Place], tables: Tables, budget: int) -> str | None:

@@ -1,6 +1,6 @@
 """All moves of a state: those that go on by themselves and the faults; symmetric states are one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from mlx_operator.decide.plan import plan
@@ -11,7 +11,7 @@ from mlx_operator_api.tasks import RunnerReport
 
 from . import normal
 from .forms import Forms
-from .places import Places
+from .places import Kind, Places
 from .planner import Age, Create, Decision, Delete, Effect, Operator, Planner, Send, Sight
 from .state import BASE, Place, State, Tables
 from .supervisors import Supervisors
@@ -19,6 +19,12 @@ from .supervisors import Supervisors
 _S = RunnerState
 _TOGETHER = (_S.CONNECTING, _S.CONNECTED)
 _WARM = (_S.WARMING_UP, _S.READY)
+
+
+KINDS = ("engine", "container", "delete", "evict", "node", "cut", "download", "reorder", "operator", "delay")
+"""The faults: of an engine, a container, a pod (deleted, evicted), a node, a network, a download, of messages that come
+in another order, of the operator, and of everything at once."""
+_KINDS = {(first, calm): Kind(first, calm) for first in (False, True) for calm in (False, True)}
 
 
 class Move(NamedTuple):
@@ -45,6 +51,7 @@ class World:
         planner: Planner = plan,
         supervisors: type[Supervisors] = Supervisors,
         acts_first: bool = False,
+        kinds: Collection[str] = KINDS,
     ) -> None:
         self.size, self.faults, self.budget = size, faults, budget
         self.tables = Tables()
@@ -52,6 +59,7 @@ class World:
         self.supervisors = supervisors(self.tables, size)
         self._places = Places(self.tables, self.supervisors)
         self._acts_first = acts_first
+        self._kinds = kinds
         self._sights: dict[int, Sight] = {}
         self._forms = Forms(self.tables, self._places, size)
         self.canonical = self._forms.canonical
@@ -73,12 +81,12 @@ class World:
         if quiet:
             found += self._time_passes(state)
         if state.faults:
-            found += self._goes_wrong(state, quiet)
+            found += (move for move in self._goes_wrong(state, quiet) if move.actor in self._kinds)
         return [move for move in found if move.state != state or move.broken]
 
     def _goes_on(self, state: State) -> Iterator[Move]:
         for rank, place in enumerate(state.places):
-            for step in self._places.steps(place, rank == 0):
+            for step in self._places.steps(place, _kind(state, rank)):
                 words = step.words.replace("RANK", f"{{{rank}}}")
                 yield Move(f"{step.actor} {rank}", words, self._with(state, rank, step.place))
         yield from self._together(state)
@@ -108,11 +116,10 @@ class World:
                 yield self._carried_out(state, decision, actor, who)
 
     def _goes_wrong(self, state: State, quiet: bool) -> Iterator[Move]:
-        left = self._less(state)
         for rank, place in enumerate(state.places):
-            for step in self._places.faults(place, rank == 0):
+            for step in self._places.faults(place, _kind(state, rank)):
                 words = "FAULT: " + step.words.replace("RANK", f"{{{rank}}}")
-                yield Move(step.actor, words, self._with(left, rank, step.place), fault=True)
+                yield Move(step.actor, words, self._less(self._with(state, rank, step.place)), fault=True)
         yield from self._operator_dies(state)
         if not quiet:
             for move in self._long(state, "delay", "FAULT: everything is late; the operator"):
@@ -139,7 +146,7 @@ class World:
         places = []
         for rank, number in enumerate(state.places):
             place = self.tables.places[number]
-            places.append(self._places.tidy(place._replace(view=None, seen=place.pod), rank == 0))
+            places.append(self._places.tidy(place._replace(view=None, seen=place.pod), _kind(state, rank)))
         return self._less(state._replace(places=tuple(places)))
 
     def _less(self, state: State) -> State:
@@ -147,11 +154,8 @@ class World:
         state = state._replace(faults=state.faults - 1)
         if state.faults:
             return state
-        places = []
-        for rank, number in enumerate(state.places):
-            place = self.tables.places[number]
-            places.append(self._places.tidy(place._replace(older=None), rank == 0) if place.older else number)
-        return state._replace(places=tuple(places))
+        calm = (self._places.tidy(self.tables.places[p], _kind(state, rank)) for rank, p in enumerate(state.places))
+        return state._replace(places=tuple(calm))
 
     # -- what the ranks do together
     def _together(self, state: State) -> Iterator[Move]:
@@ -176,7 +180,7 @@ class World:
                     process = self.supervisors.fail(place.process, Reason.PEER_LOST, lost[0])
                     words = f"{{{rank}}} has lost {{{lost[0]}}}"
             if process is not place.process:
-                number = self._places.tidy(place._replace(process=process), rank == 0)
+                number = self._places.tidy(place._replace(process=process), _kind(state, rank))
                 yield Move(f"engine {rank}", words, self._with(state, rank, number))
 
     def _report(self, place: Place) -> RunnerReport | None:
@@ -221,7 +225,7 @@ class World:
         if decision.written or decision.broken:
             return True
         return any(
-            self._places.act(state.places[effect.rank], effect, effect.rank == 0) != state.places[effect.rank]
+            self._places.act(state.places[effect.rank], effect, _kind(state, effect.rank)) != state.places[effect.rank]
             for effect in decision.effects
         )
 
@@ -238,13 +242,14 @@ class World:
         for effect in effects:
             if effect is not None:
                 rank = effect.rank
-                places[rank] = self._places.act(places[rank], effect, rank == 0)
+                places[rank] = self._places.act(places[rank], effect, _kind(state, rank))
         if None not in effects:
             return state._replace(places=tuple(places))
         spent = (0 if decision.fresh_budget else state.spent) + decision.spent
         for rank, record in enumerate(decision.records):
-            place = self.tables.places[self._forms.shift(places[rank], decision.grown, rank == 0)]
-            places[rank] = self._places.tidy(place._replace(record=record), rank == 0)
+            kind = _kind(state, rank)
+            place = self.tables.places[self._forms.shift(places[rank], decision.grown, kind)]
+            places[rank] = self._places.tidy(place._replace(record=record), kind)
         return state._replace(status=decision.status, places=tuple(places), spent=spent)
 
     def _illegal(self, state: State, decision: Decision) -> str | None:
@@ -286,3 +291,7 @@ class World:
     def _with(self, state: State, rank: int, place: int) -> State:
         places = state.places
         return state._replace(places=(*places[:rank], place, *places[rank + 1 :]))
+
+
+def _kind(state: State, rank: int) -> Kind:
+    return _KINDS[rank == 0, state.faults == 0]
