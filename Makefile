@@ -8,8 +8,8 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
 export PATH := $(or $(MLX_OPERATOR_CACHE),$(HOME)/.cache/mlx-operator)/go/bin:/usr/sbin:/sbin:$(PATH)
 
-.PHONY: help setup setup-cluster bench-serving lint format test test-unit test-runner test-apiserver test-chaos soak test-node demo demo-down generate \
-  cluster-up cluster-down images
+.PHONY: help setup setup-cluster demo demo-down test lint format test-unit test-model test-runner test-apiserver test-mutation test-chaos \
+  test-scale test-node model-check soak bench-serving bench-operator generate cluster-up cluster-down images
 
 help: ## This text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -45,6 +45,8 @@ format: setup ## ruff format and safe fixes
 test-unit: setup-cluster ## Planner, transition table, chart, everything pure; generated files are current
 	@$(PY) -m tests.cluster.binaries helm >/dev/null
 	$(PYTEST) tests/unit tests/cluster/tests -q
+test-model: setup ## Every state of two ranks and one fault: plan() and the state machine, exhaustively
+	$(PYTEST) tests/model -q
 test-runner: setup ## Real MLX on loopback, no cluster
 	$(PYTEST) tests/runner -q
 test-apiserver: setup-cluster ## Real etcd and kube-apiserver on loopback
@@ -58,6 +60,9 @@ soak: setup-cluster ## Random walks through all faults (ARGS="--minutes 60 --see
 	@$(PY) -m tests.chaos $(ARGS)
 test-node: images ## Real containerd and kubelet: two nodes
 	$(PYTEST) tests/node -q
+
+model-check: setup ## Every state of three ranks and two faults, as long as it takes (ARGS="--ranks 2 --faults 2")
+	@$(PY) -m tests.model $(ARGS)
 
 bench-serving: setup ## Speed beside mlx_lm.server on the same weights (about 6 min; ARGS="--quick --shapes pipeline")
 	@$(PY) -m tests.bench $(ARGS)

@@ -165,4 +165,4 @@ class Status(Strict):
 
     def runner(self, rank: int) -> RunnerStatus:
         """The entry of a rank; an empty one where there is none yet."""
-        return next((r for r in self.runners if r.rank == rank), RunnerStatus(rank=rank))
+        return next((r for r in self.runners if r.rank == rank), None) or RunnerStatus(rank=rank)

@@ -6,7 +6,9 @@ import pytest
 
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState
+from mlx_operator_api.tasks import ConnectToGroup, TaskPhase, TaskRequest
 from tests.unit.scenes import condition, failures, ready, see
+from tests.unit.simulated_supervisor import UID
 from tests.unit.simulator import Cluster
 
 
@@ -80,6 +82,23 @@ def test_a_pod_that_is_deleted_after_its_crash_was_recorded_does_not_become_the_
     cluster.delete("tiny-1")
     assert see(cluster).reason is Reason.CONTAINER_CRASHED
     assert cluster.status.restarts == 1
+
+
+def test_the_rejection_of_a_task_that_came_too_late_does_not_cover_the_failure() -> None:
+    """The task was under way when the rank was told to stop: that it was rejected explains nothing."""
+    cluster = Cluster()
+    cluster.run(until=lambda: any(s.rank == 1 and s.report.state is RunnerState.IDLE for s in cluster.supervisors()))
+    sigterm(cluster, 1)
+    late = TaskRequest(instance_uid=UID, epoch=1, rank=1, task=ConnectToGroup(peers=()))
+    assert cluster.supervisor(1).offer(late).phase is TaskPhase.REJECTED
+    for _ in range(2):
+        cluster.hear_all()
+        cluster.reconcile()
+        noted = cluster.status.runner(1).last_failure
+        assert noted is not None
+        assert noted.reason is Reason.CONTAINER_CRASHED
+        assert condition(cluster, ConditionType.READY).reason is Reason.CONTAINER_CRASHED
+    assert not [event for event in cluster.events if event.reason is Reason.TASK_REJECTED]
 
 
 def test_an_exit_of_pid_1_without_a_word_is_a_crash_too() -> None:

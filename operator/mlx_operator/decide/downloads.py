@@ -121,7 +121,8 @@ def note(picture: Picture, status: Status) -> Status:
 def _noted(picture: Picture, record: RunnerStatus, epoch: int) -> RunnerStatus:
     rank = picture.ranks[record.rank]
     report = rank.in_epoch(epoch)
-    if report is None or record.epoch != epoch:
+    if report is None or record.epoch != epoch or record.state is RunnerState.FAILED:
+        # What a failed rank still rejects came too late: it must not cover what the rank failed with.
         return record
     rejected = (t for t in report.tasks if t.phase is TaskPhase.REJECTED and t.epoch == epoch)
     outcome = failed(rank, epoch) or next(rejected, None)
