@@ -8,8 +8,8 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
 export PATH := $(or $(MLX_OPERATOR_CACHE),$(HOME)/.cache/mlx-operator)/go/bin:/usr/sbin:/sbin:$(PATH)
 
-.PHONY: help setup setup-cluster bench-serving lint format test test-unit test-runner test-apiserver test-node demo demo-down generate \
-  cluster-up cluster-down images
+.PHONY: help setup setup-cluster bench-serving bench-operator lint format test test-unit test-runner test-apiserver test-scale test-node \
+  demo demo-down generate cluster-up cluster-down images
 
 help: ## This text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -50,11 +50,18 @@ test-runner: setup ## Real MLX on loopback, no cluster
 test-apiserver: setup-cluster ## Real etcd and kube-apiserver on loopback
 	@$(PY) -m tests.cluster.binaries etcd kube-apiserver kube-controller-manager kubectl helm >/dev/null
 	$(PYTEST) tests/apiserver -q
+test-scale: setup-cluster ## 100 instances on a real API server: writes, idle, restart, mass death
+	@$(PY) -m tests.cluster.binaries etcd kube-apiserver kube-controller-manager kubectl helm >/dev/null
+	$(PYTEST) tests/scale -q
 test-node: images ## Real containerd and kubelet: two nodes
 	$(PYTEST) tests/node -q
 
 bench-serving: setup ## Speed beside mlx_lm.server on the same weights (about 6 min; ARGS="--quick --shapes pipeline")
 	@$(PY) -m tests.bench $(ARGS)
+
+bench-operator: setup-cluster ## The same with 1000, its time, memory and CPU (ARGS="--instances 300 --kill 30")
+	@$(PY) -m tests.cluster.binaries etcd kube-apiserver kube-controller-manager kubectl helm >/dev/null
+	@$(PY) -m tests.scale $(ARGS)
 
 generate: setup ## crds/, charts and docs from the models
 	@$(PY) -m docs.generate
