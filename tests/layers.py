@@ -40,6 +40,7 @@ LAYERS = (
     Layer("unit", "test-unit"),
     Layer("node", "test-node", after="images"),
     Layer("apiserver", "test-apiserver", after="images"),
+    Layer("scale", "test-scale", after="images"),
 )
 """In the order in which they start."""
 

@@ -22,7 +22,7 @@ from tests.cluster.waiting import tell
 from tests.scale import report
 from tests.scale.memory import Parts
 from tests.scale.place import place
-from tests.scale.stages import Size, everything
+from tests.scale.stages import Figures, Size, Stage, everything
 
 _DEADLINE_SECONDS = 1200.0
 _PARTS_SECONDS = 180.0
@@ -37,10 +37,13 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def _run(size: Size, seed: int, folder: Path) -> str:
+async def _run(size: Size, seed: int, folder: Path) -> None:
+    def done(stage: Stage, figures: Figures) -> None:
+        print(report.text(stage, figures), flush=True)
+
     async with place(folder, tell) as made:
-        figures = await everything(made, size, tell, seed)
-        return report.text(figures, await _parts(made.kubelet.folder / "kubelet.kubeconfig"))
+        figures = await everything(made, size, done, seed)
+        print(report.made_of(figures, await _parts(made.kubelet.folder / "kubelet.kubeconfig")))
 
 
 async def _parts(kubeconfig: Path) -> Parts:
@@ -64,9 +67,11 @@ def main() -> None:
     size = Size(arguments.instances, arguments.kill, arguments.idle, _DEADLINE_SECONDS)
     with tempfile.TemporaryDirectory(prefix="bench-operator-") as folder:
         logging.basicConfig(filename=Path(folder) / "runners.log", level=logging.WARNING)
-        text = asyncio.run(_run(size, arguments.seed, Path(folder)))
-    print(text)
-    print(f"{os.cpu_count()} cores for everything, load {load:.1f} before; seed {arguments.seed}")
+        print(
+            f"{size.instances} instances on {os.cpu_count()} cores, load {load:.1f} before; seed {arguments.seed}",
+            flush=True,
+        )
+        asyncio.run(_run(size, arguments.seed, Path(folder)))
     print(f"took {time.monotonic() - began:.0f} s")
 
 

@@ -3,16 +3,16 @@
 from collections.abc import Iterator
 
 from tests.scale.memory import Parts
-from tests.scale.stages import RUNNERS, Figures
+from tests.scale.stages import RUNNERS, Figures, Stage
 
 LEADER_WORKER_SET = (13.3, 4.1)
 """Its writes and Events for a group of a leader and a worker, to compare with."""
 
 
-def text(figures: Figures, parts: Parts) -> str:
-    """All lines."""
-    stages = (_ready(figures), _idle(figures), _memory(figures, parts), _restart(figures), _deaths(figures))
-    return "\n".join(line for stage in stages for line in stage)
+def text(stage: Stage, figures: Figures) -> str:
+    """What a stage has shown."""
+    lines = {Stage.READY: _ready, Stage.IDLE: _idle, Stage.RESTART: _restart, Stage.DEATHS: _deaths}
+    return "\n".join(lines[stage](figures))
 
 
 def _ready(figures: Figures) -> Iterator[str]:
@@ -31,23 +31,28 @@ def _ready(figures: Figures) -> Iterator[str]:
 def _idle(figures: Figures) -> Iterator[str]:
     yield f"idle for {figures.size.idle_seconds:g} s: {len(figures.idle_writes)} writes"
     yield f"  operator's CPU: {100 * figures.idle_cpu:.1f} % of a core, {figures.streams:.0f} report streams"
+    yield f"  memory {figures.memory[0]:.0f} MiB resident, highest {figures.memory[1]:.0f}"
 
 
-def _memory(figures: Figures, parts: Parts) -> Iterator[str]:
-    (now, high), (fresh, fresh_high) = figures.memory, figures.restarted_memory
-    yield f"memory: {now:.0f} MiB resident with all streams open (highest {high:.0f})"
-    yield f"  after a restart {fresh:.0f} MiB (highest {fresh_high:.0f}), empty {figures.empty_memory:.0f} MiB"
+def made_of(figures: Figures, parts: Parts) -> str:
+    """What the memory of the restarted operator consists of."""
     stored, streaming = parts.stored - parts.imports, parts.streaming - parts.stored
-    yield f"  imports {parts.imports:.0f} MiB"
-    yield f"  {parts.objects} objects {stored:.0f} MiB: {1024 * stored / parts.objects:.1f} KiB each"
-    each = 1024 * streaming / parts.streams
-    yield f"  {parts.streams} streams with their reports {streaming:.0f} MiB: {each:.1f} KiB each"
-    yield f"  the rest, kopf's records and what lists left behind: {fresh - parts.streaming:.0f} MiB"
+    rest, each = figures.restarted_memory[0] - parts.streaming, 1024 * streaming / parts.streams
+    return "\n".join(
+        (
+            f"memory after the restart: {figures.restarted_memory[0]:.0f} MiB",
+            f"  imports {parts.imports:.0f} MiB (an operator without instances: {figures.empty_memory:.0f} MiB)",
+            f"  {parts.objects} objects {stored:.0f} MiB: {1024 * stored / parts.objects:.1f} KiB each",
+            f"  {parts.streams} streams with their reports {streaming:.0f} MiB: {each:.1f} KiB each",
+            f"  the rest, kopf's records and what lists left behind: {rest:.0f} MiB",
+        )
+    )
 
 
 def _restart(figures: Figures) -> Iterator[str]:
     yield f"restart: converged in {figures.restart_seconds:.1f} s with {len(figures.restart_writes)} writes"
-    yield f"  operator's CPU {figures.restart_cpu:.1f} s"
+    now, high = figures.restarted_memory
+    yield f"  operator's CPU {figures.restart_cpu:.1f} s, memory {now:.0f} MiB resident, highest {high:.0f}"
 
 
 def _deaths(figures: Figures) -> Iterator[str]:

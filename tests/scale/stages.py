@@ -4,7 +4,9 @@ import asyncio
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from mlx_operator.act.kube import KubeError
@@ -12,13 +14,21 @@ from mlx_operator.act.resources import INSTANCES
 from mlx_operator_api.conditions import Reason
 from tests.apiserver.harness import Manifest, World, eventually, is_ready
 from tests.cluster.audit import Request
-from tests.cluster.waiting import Progress
 from tests.scale.place import Watched, watched
 
 RUNNERS = 2
 _CREATES = 16
 _POLL_SECONDS = 1.0
 _READY = "mlx_operator_instances{ready=True,reason=Ready}"
+
+
+class Stage(StrEnum):
+    """What is done, in this order."""
+
+    READY = "from nothing to Ready"
+    IDLE = "idle"
+    RESTART = "the operator restarts"
+    DEATHS = "many runners die at once"
 
 
 @dataclass(frozen=True)
@@ -74,19 +84,22 @@ class Figures:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-async def everything(place: World, size: Size, tell: Progress, seed: int) -> Figures:
-    """All stages, one after the other."""
+Done = Callable[[Stage, Figures], None]
+
+
+async def everything(place: World, size: Size, done: Done, seed: int) -> Figures:
+    """All stages, one after the other; `done` hears of each."""
     figures = Figures(size)
     operator = await watched(place)
     figures.empty_memory = operator.memory()[0]
-    tell(f"{size.instances} instances of {RUNNERS} runners: from nothing to Ready …")
     await _to_ready(place, operator, size, figures)
-    tell(f"idle for {size.idle_seconds:g} s …")
+    done(Stage.READY, figures)
     await _idle(place, operator, size, figures)
-    tell("the operator restarts …")
+    done(Stage.IDLE, figures)
     operator = await _restart(place, operator, size, figures)
-    tell(f"{size.killed} runners die at once …")
+    done(Stage.RESTART, figures)
     await _kill(place, operator, size, figures, random.Random(seed))  # noqa: S311 (no secret)
+    done(Stage.DEATHS, figures)
     return figures
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from mlx_operator_api.conditions import Reason
 from tests.cluster.waiting import tell
+from tests.scale import report
 from tests.scale.place import place
 from tests.scale.stages import RUNNERS, Figures, Size, everything
 
@@ -24,7 +25,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Figures:
 
     async def run(folder: Path, seed: int) -> Figures:
         async with place(folder, tell) as made:
-            return await everything(made, SIZE, tell, seed)
+            return await everything(made, SIZE, lambda stage, seen: tell(report.text(stage, seen)), seed)
 
     seed = random.randrange(1 << 32)  # noqa: S311 (no secret)
     tell(f"who dies: seed {seed}")
