@@ -58,6 +58,9 @@ test-chaos: setup-cluster ## Faults of the API server, two replicas, short rando
 soak: setup-cluster ## Random walks through all faults (ARGS="--minutes 60 --seed N"; a failure prints how to see it again)
 	@$(PY) -m tests.cluster.binaries etcd kube-apiserver kube-controller-manager kubectl helm >/dev/null
 	@$(PY) -m tests.chaos $(ARGS)
+test-scale: setup-cluster ## 100 instances on a real API server: writes, idle, restart, mass death
+	@$(PY) -m tests.cluster.binaries etcd kube-apiserver kube-controller-manager kubectl helm >/dev/null
+	$(PYTEST) tests/scale -q
 test-node: images ## Real containerd and kubelet: two nodes
 	$(PYTEST) tests/node -q
 
@@ -66,6 +69,10 @@ model-check: setup ## Every state of three ranks and two faults, as long as it t
 
 bench-serving: setup ## Speed beside mlx_lm.server on the same weights (about 6 min; ARGS="--quick --shapes pipeline")
 	@$(PY) -m tests.bench $(ARGS)
+
+bench-operator: setup-cluster ## The same with 1000, its time, memory and CPU (ARGS="--instances 300 --kill 30")
+	@$(PY) -m tests.cluster.binaries etcd kube-apiserver kube-controller-manager kubectl helm >/dev/null
+	@$(PY) -m tests.scale $(ARGS)
 
 generate: setup ## crds/, charts and docs from the models
 	@$(PY) -m docs.generate

@@ -42,6 +42,7 @@ LAYERS = (
     Layer("apiserver", "test-apiserver", after="images"),
     Layer("chaos", "test-chaos", after="images"),
     Layer("model", "test-model"),
+    Layer("scale", "test-scale", after="images"),
 )
 """In the order in which they start."""
 

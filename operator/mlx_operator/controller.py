@@ -114,7 +114,7 @@ class Controller:
         self.store.pod_changed = self._pod_changed
         for pod in self.store.pods():
             self._pod_changed(pod["metadata"]["uid"])
-        self._metrics.queue_depth(lambda: len(self.queue))
+        self._metrics.queue(lambda: len(self.queue), lambda: self.queue.age)
         self._metrics.instances(self.store.instances)
         for instance in self.store.instances():
             self.queue.add(Key(instance["metadata"]["namespace"], instance["metadata"]["name"]))

@@ -18,6 +18,7 @@ from mlx_operator.act.resources import INSTANCES, Resource
 from mlx_operator.act.status_writer import ConflictError, StatusWriter, Written, wire
 from mlx_operator.decide.actions import Notice, Plan
 from mlx_operator.decide.observed import Observed
+from mlx_operator.decide.stored import read
 from mlx_operator.logs import decision
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe.shelf import Key
@@ -176,17 +177,16 @@ class Reconciler:
                 self._recorder.emit(instance, notice, self._now())
 
     def _account(self, key: Key, before: Mapping[str, Any], status: Status) -> None:
-        ready = status.condition(ConditionType.READY)
+        ready, failed = status.condition(ConditionType.READY), status.condition(ConditionType.RUNNER_FAILED)
+        failing = failed is not None and failed.status == "True" and bool(status.history)
         decision(
             "status written",
             instance=key,
             epoch=status.epoch,
+            rank=status.history[0].rank if failing else None,
             ready=ready.status if ready else None,
             reason=ready.reason if ready else None,
             runners=" ".join(f"{runner.rank}={runner.state}" for runner in status.runners),
             brief=status.brief[0] if status.brief else None,
         )
-        known = {(entry["epoch"], entry["time"]) for entry in (before.get("status") or {}).get("history") or ()}
-        for entry, failure in zip(wire(status).get("history") or (), status.history, strict=True):
-            if (entry["epoch"], entry["time"]) not in known:
-                self._metrics.restarts.labels(failure.reason).inc()
+        self._metrics.written(read(before), status)

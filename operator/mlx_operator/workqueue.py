@@ -6,6 +6,7 @@ again afterwards. Failures back off per key, exponentially and capped; any `add`
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -30,7 +31,7 @@ class WorkQueue(Generic[KeyT]):
         spread: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311 (jitter is no secret)
     ) -> None:
         self._ready: asyncio.Queue[KeyT] = asyncio.Queue()
-        self._dirty: set[KeyT] = set()
+        self._dirty: dict[KeyT, float] = {}
         self._active: set[KeyT] = set()
         self._failures: Counter[KeyT] = Counter()
         self._timers: dict[KeyT, asyncio.TimerHandle] = {}
@@ -43,6 +44,11 @@ class WorkQueue(Generic[KeyT]):
         return len(self._dirty)
 
     @property
+    def age(self) -> float:
+        """Seconds for which the first of them has waited."""
+        return time.monotonic() - next(iter(self._dirty.values())) if self._dirty else 0.0
+
+    @property
     def idle(self) -> bool:
         """No key waits and none is being worked on; timers may still be pending."""
         return not self._dirty and not self._active
@@ -51,7 +57,7 @@ class WorkQueue(Generic[KeyT]):
         """Run the key as soon as a worker is free."""
         if key in self._dirty:
             return
-        self._dirty.add(key)
+        self._dirty[key] = time.monotonic()
         if key not in self._active:
             self._ready.put_nowait(key)
 
@@ -73,7 +79,7 @@ class WorkQueue(Generic[KeyT]):
     async def get(self) -> KeyT:
         """Wait for a key; `done` must follow."""
         key = await self._ready.get()
-        self._dirty.discard(key)
+        self._dirty.pop(key, None)
         self._active.add(key)
         return key
 

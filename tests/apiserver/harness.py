@@ -177,8 +177,12 @@ class World:
                 await self.delete(instance["metadata"]["name"])
             await eventually(self._no_pods, "all pods are gone")
         finally:
-            for operator in self._operators:
-                await operator.kill()
+            await self.end_operators()
+
+    async def end_operators(self) -> None:
+        """SIGKILL to all."""
+        for operator in self._operators:
+            await operator.kill()
 
     async def _no_pods(self) -> bool:
         return not (await self.kube.list(PODS, self.namespace))[0]

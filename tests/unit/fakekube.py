@@ -45,11 +45,12 @@ class FakeKube(Kube):
         *,
         labels: str | None = None,
         fields: str | None = None,
+        keep: Callable[[Manifest], Manifest] = lambda item: item,
         seconds: float = 30.0,
     ) -> tuple[list[Manifest], str]:
         """All of a kind; selectors are not looked at."""
         self._begin("list", resource, "")
-        found = [copy.deepcopy(item) for place, item in self.objects.items() if place[0] == resource.plural]
+        found = [keep(copy.deepcopy(item)) for place, item in self.objects.items() if place[0] == resource.plural]
         return found, str(next(self._versions))
 
     async def get(self, resource: Resource, namespace: str | None, name: str, *, seconds: float = 10.0) -> Manifest:

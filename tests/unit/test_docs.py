@@ -4,8 +4,10 @@ import pathlib
 import re
 
 import pytest
+from prometheus_client import generate_latest
 
 from docs import generate, pages
+from mlx_operator.metrics import Metrics as OperatorMetrics
 from mlx_operator_api.conditions import ConditionType, Reason, Retry
 from mlx_operator_api.runner import TaskName
 from mlx_runner.supervisor import openapi
@@ -74,8 +76,23 @@ def test_the_metrics_page_has_every_metric_that_a_runner_prints_and_no_other() -
         for sample in metric.samples:
             told = set(sample.labels) - {"le"}
             assert not told or told == set(registry.labels[metric.name]), sample.name
+    runner, _ = _metrics_page()
+    assert sorted(printed) == sorted(runner)
+
+
+def test_the_metrics_page_has_every_metric_that_the_operator_prints_and_no_other() -> None:
+    printed = re.findall(r"^# TYPE (\S+) (\S+)$", generate_latest(OperatorMetrics().registry).decode(), re.MULTILINE)
+    ours = [(name, kind) for name, kind in printed if not name.startswith("process_")]
+    assert len(ours) < len(printed), "those of the process are there"
+    _, operator = _metrics_page()
+    assert sorted(ours) == sorted(operator)
+
+
+def _metrics_page() -> list[list[tuple[str, str]]]:
+    """Name and type of every metric, of the runner and of the operator."""
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert sorted(printed) == sorted(re.findall(r"^\| `(\S+)` \| (\w+) \|", text, re.MULTILINE))
+    parts = text.split("## Of the operator")
+    return [re.findall(r"^\| `(\S+)` \| (\w+) \|", part, re.MULTILINE) for part in parts]
 
 
 def test_the_serving_page_has_every_endpoint_and_every_field_of_every_body() -> None:

@@ -182,10 +182,10 @@ def test_states_never_go_back_within_an_epoch(story: list[Event]) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_to_ready_takes_at_most_ten_patches_and_eight_events(size: int) -> None:
+def test_a_quick_way_to_ready_takes_three_patches_and_four_events(size: int) -> None:
     cluster = Cluster(runners=size)
     cluster.run()
     assert cluster.ready()
-    assert len(cluster.patches) <= 10
-    assert len(cluster.events) <= 8
+    assert len(cluster.patches) == 3
+    assert len(cluster.events) == 4
     assert sorted(cluster.created) == [f"tiny-{rank}" for rank in range(size)]

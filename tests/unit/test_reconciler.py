@@ -27,9 +27,9 @@ from mlx_operator.observe.store import Store
 from mlx_operator.reconciler import Reconciler
 from mlx_operator.workqueue import WorkQueue
 from mlx_operator_api import names
-from mlx_operator_api.conditions import Reason
+from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import TaskName
-from mlx_operator_api.status import Status
+from mlx_operator_api.status import Condition, Status
 from mlx_operator_api.tasks import LoadModel, TaskAnswer, TaskOutcome, TaskPhase, TaskRequest
 from tests.unit.fakekube import FakeKube
 from tests.unit.manifests import NOW, SETTINGS, UID, instance, pod, report
@@ -354,6 +354,36 @@ async def test_a_child_that_lost_a_race_for_its_quota_is_no_refusal_and_is_made_
     await scene.reconcile()
     assert ("secrets", "default", "tiny-secret") in scene.kube.objects
     assert ("pods", "default", "tiny-0") in scene.kube.objects
+
+
+async def test_every_decision_is_one_line_with_instance_epoch_rank_and_reason(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is about one rank names it."""
+    scene.store.put(PODS, pod())
+    why = Condition(
+        type=ConditionType.READY,
+        status="False",
+        reason=Reason.OUT_OF_MEMORY,
+        message="x",
+        last_transition_time=NOW,
+        observed_generation=1,
+    )
+    status = Status(epoch=3, conditions=(why,))
+    delete = DeletePod("tiny-1", "pod-1", "its node is lost", rank=1)
+    scene.kube.put(PODS, child(PODS, "tiny-1") | {"metadata": {**child(PODS, "tiny-1")["metadata"], "uid": "pod-1"}})
+    notice = replace(NOTICE, reason=Reason.OUT_OF_MEMORY, epoch=3, rank=1)
+    scene.plans = [Plan(status, (SERVICE, CREATE, delete, LOAD), (notice,))]
+    with caplog.at_level(logging.INFO, "mlx_operator"):
+        await scene.reconcile()
+        await asyncio.sleep(0.01)
+    lines = {record.getMessage(): vars(record)["mlx_fields"] for record in caplog.records}
+    ranks = {"pod created": 0, "pod deleted": 1, "LoadModel sent": 0, "event": 1}
+    assert set(lines) == {"status written", "service applied", "secret created", *ranks}
+    assert all(fields["instance"] == "default/tiny" for fields in lines.values())
+    assert all(fields["reason"] == "OutOfMemory" for fields in lines.values()), lines
+    assert {what: fields["epoch"] for what, fields in lines.items()} == dict.fromkeys(lines, 3) | {"LoadModel sent": 1}
+    assert {what: fields["rank"] for what, fields in lines.items() if "rank" in fields} == ranks
 
 
 async def test_a_hanging_task_keeps_no_status_from_being_written(scene: Scene) -> None:

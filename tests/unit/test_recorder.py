@@ -1,18 +1,20 @@
 """The event recorder: sortable names, folded repeats, nothing counted twice, nothing that hurts a reconcile."""
 
 import asyncio
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
 from mlx_operator.act.kube import KubeError
 from mlx_operator.act.recorder import MAX_NOTE_BYTES, Recorder, cut, event
-from mlx_operator.act.resources import EVENTS
+from mlx_operator.act.resources import EVENTS, Resource
 from mlx_operator.decide.actions import Notice
 from mlx_operator.metrics import Metrics
 from mlx_operator_api.conditions import Reason
 from tests.unit.fakekube import FakeKube
-from tests.unit.manifests import NOW, instance
+from tests.unit.manifests import NOW, UID, instance
 
 pytestmark = [pytest.mark.looptime, pytest.mark.timeout(30)]
 FAILED = Notice(
@@ -53,7 +55,7 @@ async def _posted(kube: FakeKube, *offsets: float) -> None:
     task = asyncio.create_task(recorder.run())
     for offset in offsets:
         recorder.emit(instance(), FAILED, NOW + timedelta(seconds=offset))
-        await recorder._waiting.join()
+        await recorder.posted()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
@@ -138,6 +140,31 @@ async def test_the_queue_is_bounded_and_drops_the_oldest() -> None:
     for second in range(1005):
         recorder.emit(instance(), FAILED, NOW + timedelta(seconds=second))
     assert metrics.registry.get_sample_value("mlx_operator_events_dropped_total") == 5
+
+
+async def test_an_event_that_hangs_keeps_those_of_most_other_instances_from_nothing() -> None:
+    kube, gate = FakeKube(), asyncio.Event()
+    create = kube.create
+
+    async def slow(resource: Resource, namespace: str | None, body: Mapping[str, Any], **more: Any) -> Any:
+        if body["regarding"]["uid"] == UID:
+            await gate.wait()
+        return await create(resource, namespace, body, **more)
+
+    kube.create = slow  # type: ignore[method-assign]
+    recorder = Recorder(kube, reporter="operator-1", metrics=Metrics())
+    task = asyncio.create_task(recorder.run())
+    recorder.emit(instance(), FAILED, NOW)
+    for number in range(8):  # somewhere else than the first, most of them
+        recorder.emit(instance(f"other-{number}", uid=f"{number}{UID}"), FAILED, NOW)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert 1 < len(kube.objects) < 9
+    gate.set()
+    await recorder.posted()
+    assert len(kube.objects) == 9
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_a_flush_has_an_end_while_the_api_server_is_away() -> None:

@@ -65,6 +65,30 @@ def test_managed_fields_are_dropped(store: Store) -> None:
     assert "managedFields" not in kept["metadata"]
 
 
+def test_of_a_pod_is_kept_what_happens_to_it_and_not_how_we_said_that_it_runs(store: Store) -> None:
+    box = {"name": names.CONTAINER, "resources": {"limits": {"memory": "1Gi"}}, "env": [{"name": "A", "value": "b"}]}
+    spec = {"nodeName": "n1", "containers": [box], "volumes": [{"name": "token"}], "tolerations": [{"key": "k"}]}
+    whole = pod(spec=spec)
+    store.put(PODS, whole)
+    kept = store.pod("pod-0")
+    assert kept is not None
+    assert kept["spec"]["containers"] == [{key: box[key] for key in ("name", "resources")}]
+    assert {key: kept["spec"][key] for key in ("nodeName", "volumes")} == {
+        key: spec[key] for key in ("nodeName", "volumes")
+    }
+    assert "tolerations" not in kept["spec"]
+    assert kept["status"] == whole["status"]
+    assert box["env"], "the object of a watch is not changed"
+
+
+def test_nothing_but_the_managed_fields_is_dropped_of_an_instance(store: Store) -> None:
+    whole = instance(status={"epoch": 2, "brief": ["a" * 100], "runners": [{"rank": 0}]})
+    store.put(INSTANCES, whole)
+    observed = store.observed(TINY)
+    assert observed is not None
+    assert observed.instance == whole
+
+
 def test_a_list_removes_what_it_does_not_have(store: Store) -> None:
     store.put(PODS, pod(0, version=3))
     store.put(PODS, pod(1, version=4))

@@ -23,6 +23,23 @@ async def test_a_key_is_queued_once_however_often_it_is_added(queue: WorkQueue[s
     assert queue.idle
 
 
+async def test_the_age_is_that_of_the_key_that_waits_longest(
+    queue: WorkQueue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("mlx_operator.workqueue.time.monotonic", lambda: now)
+    assert queue.age == 0
+    queue.add("a")
+    now = 103.0
+    queue.add("b")
+    queue.add("a")
+    assert queue.age == 3
+    await queue.get()
+    assert queue.age == 0
+    now = 104.0
+    assert queue.age == 1
+
+
 async def test_a_key_is_never_with_two_workers(queue: WorkQueue[str]) -> None:
     queue.add("a")
     await queue.get()

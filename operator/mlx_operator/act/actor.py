@@ -14,6 +14,7 @@ from mlx_operator.decide.observed import Refusal
 from mlx_operator.logs import decision
 from mlx_operator.observe.shelf import Key
 from mlx_operator.observe.store import Store
+from mlx_operator_api.conditions import ConditionType
 
 _FOREIGN = "Foreign"
 
@@ -58,7 +59,7 @@ class Actor:
                 await self._perform(key, instance, action, secrets)
             except KubeError as error:
                 what = f"{type(action).__name__} failed"
-                decision(what, level=logging.WARNING, instance=key, child=_name(action), error=error)
+                decision(what, level=logging.WARNING, child=_name(action), error=error, **_about(key, instance, action))
                 failed = error
         if failed is not None:
             raise failed
@@ -66,15 +67,15 @@ class Actor:
     async def _perform(self, key: Key, instance: Mapping[str, Any], action: Action, secrets: set[str]) -> None:
         match action:
             case SendTask():
-                self._sender.send(key, action)
+                self._sender.send(key, action, reason=_reason(instance))
             case DeletePod():
-                await self._delete_pod(key, action)
+                await self._delete_pod(key, instance, action)
             case CreatePod():
                 await self._create(key, instance, action, secrets)
             case ApplyService():
                 await self._create(key, instance, action, secrets)
 
-    async def _delete_pod(self, key: Key, action: DeletePod) -> None:
+    async def _delete_pod(self, key: Key, instance: Mapping[str, Any], action: DeletePod) -> None:
         try:
             answer = await self._kube.delete(
                 PODS, key.namespace, action.name, uid=action.uid, grace_seconds=action.grace_seconds
@@ -86,7 +87,8 @@ class Actor:
                 raise
             await self._deleted_meanwhile(key, action, error)
             return
-        decision("pod deleted", instance=key, pod=action.name, why=action.why, grace_seconds=action.grace_seconds)
+        about = _about(key, instance, action)
+        decision("pod deleted", **about, pod=action.name, why=action.why, grace_seconds=action.grace_seconds)
         if answer.get("kind") == PODS.kind:
             self._answered(PODS, answer)
 
@@ -121,7 +123,8 @@ class Actor:
                 raise
             refusal = Refusal(error.status, error.message, self._now())
             self._store.refusals.note(key, action.name, action.manifest, refusal)
-            decision("child refused", level=logging.WARNING, instance=key, child=action.name, error=error)
+            about = _about(key, instance, action)
+            decision("child refused", level=logging.WARNING, child=action.name, error=error, **about)
             self._later(key, 0.0)  # the refusal belongs into status
         else:
             self._store.refusals.clear(key, action.name)
@@ -138,7 +141,7 @@ class Actor:
             if not error.exists:
                 raise
         else:
-            decision("secret created", instance=key, secret=name)
+            decision("secret created", **_about(key, instance), secret=name)
         done.add(name)
 
     async def _create_pod(self, key: Key, instance: Mapping[str, Any], action: CreatePod) -> None:
@@ -150,7 +153,7 @@ class Actor:
             pod = await self._kube.get(PODS, key.namespace, action.name)
             _require_ours(pod, instance, PODS)
         else:
-            decision("pod created", instance=key, pod=action.name, rank=action.rank)
+            decision("pod created", **_about(key, instance, action), pod=action.name)
         self._answered(PODS, pod)
 
     async def _apply_service(self, key: Key, instance: Mapping[str, Any], action: ApplyService) -> None:
@@ -161,7 +164,7 @@ class Actor:
                 raise
             # What we knew is outdated: it went, or somebody made a namesake.
             service = await self._apply(key, instance, action, None)
-        decision("service applied", instance=key, service=action.name)
+        decision("service applied", **_about(key, instance), service=action.name)
         self._answered(SERVICES, service)
 
     async def _apply(
@@ -194,6 +197,18 @@ def _require_ours(child: Mapping[str, Any], instance: Mapping[str, Any], resourc
     whose = f"{owner['kind']} {owner['name']} (uid {owner['uid']})" if owner else "nobody that it names"
     name = child["metadata"]["name"]
     raise KubeError(409, _FOREIGN, f"{resource.kind} {name} exists and belongs to {whose}")
+
+
+def _about(key: Key, instance: Mapping[str, Any], action: Action | None = None) -> dict[str, Any]:
+    """What every line about a decision carries; the reason is that of Ready in the status that it follows from."""
+    rank = action.rank if isinstance(action, CreatePod | DeletePod) else None
+    epoch = (instance.get("status") or {}).get("epoch")
+    return {"instance": key, "epoch": epoch, "rank": rank, "reason": _reason(instance)}
+
+
+def _reason(instance: Mapping[str, Any]) -> str | None:
+    conditions = (instance.get("status") or {}).get("conditions") or ()
+    return next((entry.get("reason") for entry in conditions if entry.get("type") == ConditionType.READY), None)
 
 
 def _name(action: Action) -> str:

@@ -6,7 +6,7 @@ without preloading never raise. Here every answer's status is checked and every 
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import aiohttp
@@ -113,11 +113,13 @@ class Kube:
         *,
         labels: str | None = None,
         fields: str | None = None,
+        keep: Callable[[Manifest], Manifest] = lambda item: item,
         seconds: float = LIST_SECONDS,
     ) -> tuple[list[Manifest], str]:
         """All objects, page by page, and the resourceVersion at which the whole list was true.
 
-        Items carry no `kind` (the API leaves it out). `seconds` bounds each page. An expired page is `KubeError` 410.
+        Items carry no `kind` (the API leaves it out). What is not wanted of each is dropped by `keep` before the next
+        page comes. `seconds` bounds each page. An expired page is `KubeError` 410.
         """
         items: list[Manifest] = []
         query = {"labelSelector": labels, "fieldSelector": fields, "limit": str(PAGE), "continue": None}
@@ -125,7 +127,7 @@ class Kube:
             page = await self._request("list", resource, namespace, query=query, seconds=seconds)
             if not str(page.get("kind", "")).endswith("List"):
                 raise KubeError(0, "NotAList", f"{resource.plural}: the answer has kind {page.get('kind')!r}")
-            items += page.get("items") or ()
+            items += map(keep, page.get("items") or ())
             meta = page.get("metadata") or {}
             query["continue"] = meta.get("continue") or None
             if query["continue"] is None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +17,9 @@ from mlx_operator_api import names
 
 MAX_NOTE_BYTES = 1024
 _MAX_INSTANCE = 128
+_LANES = 4
 _WAITING = 1000
+"""In each of them."""
 _ATTEMPTS = 8
 """With the pauses between them half a minute: an API server that starts anew costs no Event."""
 _FIRST_RETRY_SECONDS = 0.5
@@ -32,13 +35,16 @@ class _Pending:
 
 
 class Recorder:
-    """A bounded queue and one task that posts from it; a reconcile never waits for an Event and never fails by one."""
+    """Bounded queues and a task each that posts from it; a reconcile never waits for an Event and never fails by one.
+
+    All Events of an instance stand in one of the queues, so they are posted in their order.
+    """
 
     def __init__(self, kube: Kube, *, reporter: str, metrics: Metrics) -> None:
         self._kube = kube
         self._reporter = reporter[:_MAX_INSTANCE]
         self._metrics = metrics
-        self._waiting: asyncio.Queue[_Pending] = asyncio.Queue(_WAITING)
+        self._lanes: tuple[asyncio.Queue[_Pending], ...] = tuple(asyncio.Queue(_WAITING) for _ in range(_LANES))
 
     def emit(self, instance: Mapping[str, Any], notice: Notice, now: datetime) -> None:
         """Queue an Event; the oldest one is dropped where too many wait."""
@@ -47,28 +53,40 @@ class Recorder:
         about: dict[str, Any] = {"instance": f"{metadata['namespace']}/{metadata['name']}", "epoch": notice.epoch}
         about |= {"rank": notice.rank, "reason": notice.reason}
         decision("event", **about, type=notice.type, note=body["note"])
-        if self._waiting.full():
-            dropped = self._waiting.get_nowait()
-            self._waiting.task_done()
+        lane = self._lanes[zlib.crc32(metadata["uid"].encode()) % _LANES]
+        if lane.full():
+            dropped = lane.get_nowait()
+            lane.task_done()
             self._metrics.events_dropped.inc()
             decision("event dropped: too many wait", level=logging.WARNING, **dropped.about)
-        self._waiting.put_nowait(_Pending(metadata["namespace"], body, about))
+        lane.put_nowait(_Pending(metadata["namespace"], body, about))
 
     async def run(self) -> None:
         """Post until cancelled."""
+        async with asyncio.TaskGroup() as posting:
+            for lane in self._lanes:
+                posting.create_task(self._post_from(lane))
+
+    async def _post_from(self, lane: asyncio.Queue[_Pending]) -> None:
         while True:
-            pending = await self._waiting.get()
+            pending = await lane.get()
             try:
                 await self._post(pending)
             finally:
-                self._waiting.task_done()
+                lane.task_done()
+
+    async def posted(self) -> None:
+        """Wait until none waits any more."""
+        for lane in self._lanes:
+            await lane.join()
 
     async def flush(self) -> None:
         """Give what waits a short time to be posted (a clean stop)."""
         try:
-            await asyncio.wait_for(self._waiting.join(), _FLUSH_SECONDS)
+            await asyncio.wait_for(self.posted(), _FLUSH_SECONDS)
         except TimeoutError:
-            decision("events dropped at the stop", level=logging.WARNING, count=self._waiting.qsize())
+            waiting = sum(lane.qsize() for lane in self._lanes)
+            decision("events dropped at the stop", level=logging.WARNING, count=waiting)
 
     async def _post(self, pending: _Pending) -> None:
         delay = _FIRST_RETRY_SECONDS

@@ -50,8 +50,11 @@ class TaskSender:
         self._failures: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
 
-    def send(self, key: Key, action: SendTask) -> None:
-        """Begin to send, unless something is under way to the pod or its last failure is too fresh."""
+    def send(self, key: Key, action: SendTask, *, reason: str | None = None) -> None:
+        """Begin to send, unless something is under way to the pod or its last failure is too fresh.
+
+        `reason` is that of Ready, for the log.
+        """
         uid = action.pod_uid
         if uid in self._under_way:
             return
@@ -59,7 +62,7 @@ class TaskSender:
         if wait > _SAME_INSTANT_SECONDS:
             self._later(key, wait)
             return
-        task = asyncio.create_task(self._send(key, action), name=f"{action.request.task.name} to {action.pod}")
+        task = asyncio.create_task(self._send(key, action, reason), name=f"{action.request.task.name} to {action.pod}")
         self._under_way[uid] = task
         task.add_done_callback(lambda done: self._ended(key, uid, done))
 
@@ -87,9 +90,10 @@ class TaskSender:
         # Whatever came of it: what had to wait for it can go on.
         self._changed(key, Urgency.AT_ONCE)
 
-    async def _send(self, key: Key, action: SendTask) -> None:
+    async def _send(self, key: Key, action: SendTask, reason: str | None) -> None:
         request = action.request
-        about: dict[str, Any] = {"instance": key, "epoch": request.epoch, "rank": request.rank, "pod": action.pod}
+        about: dict[str, Any] = {"instance": key, "epoch": request.epoch, "rank": request.rank, "reason": reason}
+        about["pod"] = action.pod
         task = request.task.name
         if self._store.owner(action.pod_uid) != request.instance_uid:  # it would be given the instance's token
             decision(f"{task} not sent: the pod is not the instance's", level=logging.WARNING, **about)

@@ -28,6 +28,7 @@ class DeletePod:
     uid: str
     why: str
     grace_seconds: int | None = None
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

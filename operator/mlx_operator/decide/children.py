@@ -91,6 +91,6 @@ def _crash_loop(picture: Picture, status: Status, rank: Rank, pod: PodView) -> s
 def _delete(pod: PodView, why: str, lost: bool) -> Iterator[Action]:
     """By force where no kubelet can answer; a pod that is going already is left alone otherwise."""
     if lost:
-        yield DeletePod(pod.name, pod.uid, why, grace_seconds=0)
+        yield DeletePod(pod.name, pod.uid, why, grace_seconds=0, rank=pod.rank)
     elif not pod.deleting:
-        yield DeletePod(pod.name, pod.uid, why)
+        yield DeletePod(pod.name, pod.uid, why, rank=pod.rank)

@@ -12,7 +12,7 @@ import re
 from datetime import datetime, timedelta
 
 from mlx_operator_api.conditions import ConditionType, Reason, Retry
-from mlx_operator_api.runner import ORDER, RunnerState, TaskName
+from mlx_operator_api.runner import ENDED, ORDER, RunnerState, TaskName
 from mlx_operator_api.source import SourceKind
 from mlx_operator_api.status import LastFailure, RunnerStatus, Status
 from mlx_operator_api.tasks import DownloadModel, Sharding, TaskOutcome, TaskPhase
@@ -36,7 +36,14 @@ def available(rank: Rank, epoch: int, status: Status) -> bool:
     # Not heard by this process yet: as status has it.
     condition = status.condition(ConditionType.MODEL_AVAILABLE)
     known = condition is not None and condition.status == "True"
-    return known or ORDER[rank.record.state] >= ORDER[RunnerState.CONNECTING]
+    return known or ORDER[_got_to(rank.record)] >= ORDER[RunnerState.CONNECTING]
+
+
+def _got_to(record: RunnerStatus) -> RunnerState:
+    """The state that a rank surely reached; how far one had come that was shut down is not recorded."""
+    if record.state is RunnerState.FAILED and record.last_failure is not None:
+        return record.last_failure.state
+    return RunnerState.PENDING if record.state in ENDED else record.state
 
 
 def failed(rank: Rank, epoch: int) -> TaskOutcome | None:

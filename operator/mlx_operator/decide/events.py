@@ -10,7 +10,8 @@ from .facts import Situation, failure_message
 from .messages import count
 from .picture import Picture, assigned
 
-_MILESTONES = (ConditionType.MODEL_AVAILABLE, ConditionType.CONNECTED, ConditionType.LOADED, ConditionType.READY)
+_MILESTONES = (ConditionType.LOADED, ConditionType.READY)
+"""That the steps before them were reached follows from these; what each found stands in its condition."""
 _REQUESTED = (Reason.SPEC_CHANGED, Reason.RESTART_REQUESTED, Reason.RETRY_REQUESTED)
 
 
@@ -21,7 +22,7 @@ def tell(old: Status, situation: Situation, opened: Reason | None) -> tuple[Noti
         *_epoch(old, new, picture, opened),
         *failures(old, situation),
         *_problems(old, new, situation),
-        *_milestones(old, new, picture),
+        *_milestones(old, new),
     )
 
 
@@ -82,10 +83,9 @@ def _problems(old: Status, new: Status, situation: Situation) -> Iterator[Notice
     yield Notice("Warning", ready.reason, ready.message, new.epoch, "Wait", related, rank)
 
 
-def _milestones(old: Status, new: Status, picture: Picture) -> Iterator[Notice]:
+def _milestones(old: Status, new: Status) -> Iterator[Notice]:
     for kind in _MILESTONES:
         now, before = new.condition(kind), old.condition(kind)
         if now is None or now.status != "True" or (before is not None and before.status == "True"):
             continue
-        if now.reason is not Reason.SINGLE_RUNNER:
-            yield Notice("Normal", now.reason, now.message, new.epoch, str(kind))
+        yield Notice("Normal", now.reason, now.message, new.epoch, str(kind))

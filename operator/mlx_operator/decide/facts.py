@@ -157,7 +157,9 @@ def _behind(s: Situation, state: RunnerState) -> str:
 
 
 def _available(s: Situation) -> int:
-    return sum(downloads.available(rank, s.status.epoch, s.picture.stored) for rank in s.picture.ranks)
+    """In the epoch that runs, or that failed: files stay when engines end."""
+    epoch = s.status.epoch if s.failure is None else s.failure.epoch
+    return sum(downloads.available(rank, epoch, s.picture.stored) for rank in s.picture.ranks)
 
 
 def _stalled(s: Situation, ready: Fact) -> Fact:
@@ -200,7 +202,7 @@ def _place(record: RunnerStatus) -> str:
 def _model_available(s: Situation) -> Fact:
     if s.problem is not None and s.problem.where is _C.MODEL_AVAILABLE:
         return Fact("False", s.problem.reason, s.problem.message)
-    if not assigned(s.status):
+    if not assigned(s.status) and s.failure is None:
         return _kept(s, _C.MODEL_AVAILABLE, "not known before the runners start")
     have, model = _available(s), s.status.model
     if have < s.size and s.failure is not None:

@@ -91,6 +91,10 @@ class Rank:
             return None
         return report if report.incarnation == record.incarnation else None
 
+    def with_record(self, record: RunnerStatus) -> "Rank":
+        """The same rank with another memory. Most steps of a plan change nothing, and copies are dear."""
+        return self if record is self.record else replace(self, record=record)
+
     def outcome(self, task: TaskName) -> TaskOutcome | None:
         """What became of a task of the runner's present epoch; an answer goes before a rejection."""
         report = self.report
@@ -120,7 +124,7 @@ class Picture:
 
     def recall(self, status: Status) -> "Picture":
         """The same picture, with what this plan has put into status so far as the memory of each rank."""
-        ranks = tuple(replace(rank, record=status.runner(rank.rank)) for rank in self.ranks)
+        ranks = tuple(rank.with_record(status.runner(rank.rank)) for rank in self.ranks)
         return replace(self, ranks=ranks)
 
 

@@ -1,21 +1,25 @@
 """Which changes of status are worth a write now, and which wait for the next one.
 
-Every write costs the API server and everybody who watches. What decides something (an epoch, a failure, a condition
-that flips, a cause) is written at once; what only informs (a step on the way, progress, a node's name, wording) rides
-along with it, or follows when nothing was written for a while. Ready and Running are one state in status, so a busy
-instance causes no writes at all.
+Every write costs the API server and everybody who watches. What decides something (an epoch, a failure, a cause, Ready
+and Stalled) is written at once; what only informs (a step on the way to Ready, progress, a node's name, wording) rides
+along with it, or follows when nothing was written for a while: what a person would see for a moment only is never
+written. Ready and Running are one state in status, so a busy instance causes no writes at all.
 """
 
 from datetime import datetime, timedelta
 from typing import Any
 
-from mlx_operator_api.conditions import Retry
+from mlx_operator_api.conditions import ConditionType, Retry
 from mlx_operator_api.runner import ENDED, RunnerState
-from mlx_operator_api.status import RunnerStatus, Status
+from mlx_operator_api.status import Condition, RunnerStatus, Status
 
 from .picture import Clock
 
 QUIET_SECONDS = 5.0
+_STEPS = frozenset(
+    {ConditionType.SCHEDULED, ConditionType.MODEL_AVAILABLE, ConditionType.CONNECTED, ConditionType.LOADED}
+)
+"""What is reached, one after the other, on the way to Ready. No action waits until they are written."""
 
 
 def worth_writing(old: Status, new: Status, clock: Clock) -> Status:
@@ -40,16 +44,19 @@ def _last_stamp(status: Status) -> datetime:
 def _hard(status: Status) -> tuple[Any, ...]:
     soft = {"brief", "runners", "conditions", "ready_runners", "runners_ready", "model", "restarts"}
     rest = status.model_dump(exclude=soft)
-    conditions = [
-        (c.type, c.status, c.observed_generation, c.reason if c.reason.retry is not Retry.NONE else None)
-        for c in status.conditions
-    ]
+    conditions = [_hard_condition(condition) for condition in status.conditions]
     # The commit is told to the other ranks once it is written: a restarted operator must find it.
     revision = status.model.revision if status.model is not None else None
     return rest, revision, conditions, [_hard_runner(record) for record in status.runners]
 
 
+def _hard_condition(condition: Condition) -> tuple[Any, ...]:
+    trouble = condition.reason if condition.reason.retry is not Retry.NONE else None
+    passing = condition.type in _STEPS and trouble is None
+    return condition.type, None if passing else condition.status, condition.observed_generation, trouble
+
+
 def _hard_runner(record: RunnerStatus) -> tuple[Any, ...]:
-    state = record.state if record.state in (*ENDED, RunnerState.READY) else None
+    state = record.state if record.state in ENDED else None
     failed = state is RunnerState.FAILED
     return record.rank, record.pod_uid, record.epoch, record.incarnation, record.last_failure, failed

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import kopf
 
+from mlx_operator.act.kube import PAGE
 from mlx_operator.act.resources import INSTANCES, NODES, PODS, SERVICES, Resource
 from mlx_operator.errors import HostError
 from mlx_operator.observe.sweep import Scope
@@ -73,6 +74,9 @@ def settings() -> kopf.OperatorSettings:
     chosen.watching.server_timeout = 300  # a watch that silently died is opened anew, without a list
     chosen.watching.client_timeout = 310
     chosen.watching.connect_timeout = 10
+    # Without pages the JSON of a whole list is the peak of our memory. One that expires between two pages (a new API
+    # server and a compaction in that very moment) ends the process, which starts again.
+    chosen.watching.chunk_size = PAGE
     chosen.watching.label_selectors[PODS.plural] = names.INSTANCE_LABEL
     chosen.watching.label_selectors[SERVICES.plural] = names.INSTANCE_LABEL
     chosen.networking.request_timeout = 30

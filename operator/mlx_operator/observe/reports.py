@@ -162,6 +162,8 @@ class ReportStreams:
             if (why := stranger(pod, report)) is not None:
                 return why
             view, urgency = receive(self._store.view(uid), report, self._now(), stream=True)
+            if view.report is report:
+                self._metrics.reported(uid, report)
             self._keep(uid, view, urgency)
         return "the supervisor ended the stream"
 
@@ -178,8 +180,11 @@ class ReportStreams:
         view = self._store.view(uid)
         if not view.connected and view.error == why:
             return
+        self._metrics.forgotten(uid)
         if view.connected:
-            decision("report stream lost", instance=self._instance(uid), pod_uid=uid, why=why)
+            epoch, rank = (view.report.epoch, view.report.rank) if view.report is not None else (None, None)
+            about = self._instance(uid)
+            decision("report stream lost", instance=about, epoch=epoch, rank=rank, pod_uid=uid, why=why)
             self._pod_lost(uid)
         self._keep(uid, replace(view, connected=False, error=why), Urgency.AT_ONCE)
 

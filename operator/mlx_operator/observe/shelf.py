@@ -4,6 +4,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from mlx_operator.observe.slim import slim
+
 Manifest = Mapping[str, Any]
 _TOMBSTONES = 8192
 
@@ -19,14 +21,15 @@ class Key(NamedTuple):
 
 
 class Shelf:
-    """Objects by uid, with an index by the key that `key_of` gives them (None: not of interest).
+    """Objects by uid, with an index by the key that `key_of` gives them (None: not of interest); `keep` slims each.
 
     Arrivals come from watches, lists and the answers to our own writes, in any order. Only a newer resourceVersion
     replaces an object, and one that was seen to go comes back only with a version after that (its label came back).
     """
 
-    def __init__(self, key_of: Callable[[Manifest], Key | None]) -> None:
+    def __init__(self, key_of: Callable[[Manifest], Key | None], keep: Callable[[Manifest], Manifest] = slim) -> None:
         self._key_of = key_of
+        self._keep = keep
         self._objects: dict[str, Manifest] = {}
         self._index: dict[Key, set[str]] = {}
         self._deleted: OrderedDict[str, int | None] = OrderedDict()
@@ -61,7 +64,7 @@ class Shelf:
             return None
         if known is not None:
             self._unindex(known)
-        kept = slim(item)
+        kept = self._keep(item)
         self._objects[uid] = kept
         key = self._key_of(kept)
         if key is not None:
@@ -119,12 +122,6 @@ def newer(item: Manifest, known: Manifest) -> bool:
     if left is None or right is None:
         return bool(mine != theirs)
     return left > right
-
-
-def slim(item: Manifest) -> Manifest:
-    """Without `metadata.managedFields`, which is half of an object and of no use here."""
-    metadata = {key: value for key, value in item["metadata"].items() if key != "managedFields"}
-    return {**item, "metadata": metadata}
 
 
 def _number(version: object) -> int | None:

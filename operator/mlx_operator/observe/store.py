@@ -13,6 +13,7 @@ from mlx_operator.act.resources import INSTANCES, NODES, PODS, SERVICES, Resourc
 from mlx_operator.decide.observed import NodeView, Observed, RunnerView, Settings
 from mlx_operator.observe.refusals import Refusals
 from mlx_operator.observe.shelf import Key, Manifest, Shelf
+from mlx_operator.observe.slim import slim, slim_node, slim_pod
 from mlx_operator_api import names
 
 Keys = frozenset[Key]
@@ -35,9 +36,9 @@ class Store:
         self.refusals = Refusals()
         self._shelves = {
             INSTANCES: Shelf(_named),
-            PODS: Shelf(_labelled),
+            PODS: Shelf(_labelled, slimmer(PODS)),
             SERVICES: Shelf(_labelled),
-            NODES: Shelf(_named),
+            NODES: Shelf(_named, slimmer(NODES)),
         }
         self._nodes: dict[str, NodeView] = {}
         self._notes: dict[str, PodNotes] = {}
@@ -183,6 +184,11 @@ class Store:
             self._nodes[name] = view
         there = [pod for pod in self.pods() if (pod.get("spec") or {}).get("nodeName") == name]
         return _NOBODY.union(*(_keys(PODS, pod) for pod in there))
+
+
+def slimmer(resource: Resource) -> Callable[[Manifest], dict[str, Any]]:
+    """What makes an object of a kind as small as it is kept."""
+    return {PODS: slim_pod, NODES: slim_node}.get(resource, slim)
 
 
 def node_view(node: Manifest) -> NodeView:

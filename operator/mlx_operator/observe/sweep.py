@@ -16,7 +16,7 @@ from mlx_operator.errors import Refusals, StartError
 from mlx_operator.logs import decision
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe.shelf import Key
-from mlx_operator.observe.store import Store
+from mlx_operator.observe.store import Store, slimmer
 from mlx_operator_api import names
 
 PERIOD_SECONDS = (60.0, 300.0)
@@ -65,7 +65,7 @@ class Lister:
         """
         for resource, namespace, labels in self._scope.lists():
             try:
-                items, version = await self._kube.list(resource, namespace, labels=labels)
+                items, version = await self._kube.list(resource, namespace, labels=labels, keep=slimmer(resource))
             except KubeError as error:
                 what = f"list {resource.plural} in namespace {namespace}" if namespace else f"list {resource.plural}"
                 raise KubeError(error.status, error.reason, f"{what}: {error.message}") from error
