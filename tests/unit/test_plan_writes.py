@@ -1,6 +1,7 @@
 """What is worth a write: what decides something at once, what only informs when it stays for longer than a moment."""
 
-from mlx_operator.decide.writes import QUIET_SECONDS
+from mlx_operator.decide.actions import SendTask
+from mlx_operator.decide.writes import MOVING_SECONDS, QUIET_SECONDS
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import ORDER, RunnerState
 from tests.unit.scenes import condition
@@ -61,6 +62,24 @@ def test_a_step_that_lasts_is_written_once_nothing_was_written_for_a_while() -> 
     assert len(cluster.patches) == patches + 1
     assert condition(cluster, ConditionType.CONNECTED).status == "True"
     assert {record.state for record in cluster.status.runners} == {RunnerState.LOADING}
+
+
+def test_a_step_that_a_task_leads_on_from_is_not_written_unless_the_task_gets_nowhere() -> None:
+    cluster = Cluster()
+    cluster.run(until=lambda: states(cluster) == {RunnerState.CONNECTING})
+    cluster.tick()
+    assert states(cluster) == {RunnerState.CONNECTED}
+    patches = len(cluster.patches)
+    cluster.wait(QUIET_SECONDS + 1)
+    cluster.hear_all()
+    made = cluster.reconcile(act=False)
+    assert [action.request.task.name for action in made.actions if isinstance(action, SendTask)] == ["LoadModel"] * 2
+    assert len(cluster.patches) == patches
+    cluster.wait(MOVING_SECONDS)
+    cluster.hear_all()
+    cluster.reconcile(act=False)
+    assert len(cluster.patches) == patches + 1
+    assert condition(cluster, ConditionType.CONNECTED).status == "True"
 
 
 def test_a_failure_is_written_at_once_with_all_that_had_waited() -> None:

@@ -16,20 +16,23 @@ from mlx_operator_api.status import Condition, RunnerStatus, Status
 from .picture import Clock
 
 QUIET_SECONDS = 5.0
+MOVING_SECONDS = 30.0
+"""The same while tasks are sent that lead on: what they lead to is what to write."""
 _STEPS = frozenset(
     {ConditionType.SCHEDULED, ConditionType.MODEL_AVAILABLE, ConditionType.CONNECTED, ConditionType.LOADED}
 )
 """What is reached, one after the other, on the way to Ready. No action waits until they are written."""
 
 
-def worth_writing(old: Status, new: Status, clock: Clock) -> Status:
-    """The status to store: `new`, or `old` while the difference can wait."""
+def worth_writing(old: Status, new: Status, clock: Clock, *, moving: bool = False) -> Status:
+    """The status to store: `new`, or `old` while the difference can wait. `moving`: this plan sends tasks."""
     if old == new or not old.conditions or _hard(old) != _hard(new):
         return new
     if old == new.model_copy(update={"restarts": old.restarts}):
         # The budget is full again after a sustained Ready: told with the next write.
         return old
-    return new if clock.passed(_last_stamp(old) + timedelta(seconds=QUIET_SECONDS)) else old
+    quiet = MOVING_SECONDS if moving else QUIET_SECONDS
+    return new if clock.passed(_last_stamp(old) + timedelta(seconds=quiet)) else old
 
 
 def _last_stamp(status: Status) -> datetime:
