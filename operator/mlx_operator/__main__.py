@@ -1,6 +1,7 @@
 """`python -m mlx_operator`."""
 
 import asyncio
+import gc
 import logging
 import sys
 
@@ -19,6 +20,7 @@ def main() -> int:
         print(f"mlx-operator: {error}", file=sys.stderr)
         return 2
     configure(options.log_level, options.log_format)
+    gc.freeze()  # what was imported stays: no collection has to look at it again
 
     async def run() -> int:
         return await Process(options, plan).run()

@@ -18,7 +18,8 @@ from mlx_operator_api import names
 Manifest = dict[str, Any]
 REQUEST_SECONDS = 10.0
 LIST_SECONDS = 30.0
-PAGE = 500
+PAGE = 100
+"""Objects of a list that lie in memory as JSON at a time: what a page leaves behind is reused for the next one."""
 LONGEST_PAUSE_SECONDS = 10.0
 MAX_MESSAGE = 300
 _HEAD = 100

@@ -82,7 +82,7 @@ def settings() -> kopf.OperatorSettings:
     chosen.networking.request_timeout = 30
     chosen.networking.connect_timeout = 5
     chosen.networking.error_backoffs = _Forever()
-    chosen.queueing.idle_timeout = 1  # a task per object that changed within this time
+    chosen.queueing.idle_timeout = 0.1  # a task per object that changed within this time, which holds it as it came
     chosen.process.ultimate_exiting_timeout = 25
     # initial_streaming stays off: after a cut in the middle of the first stream it goes on with what it has, for good.
     return chosen
