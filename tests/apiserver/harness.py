@@ -25,7 +25,7 @@ from tests.cluster import binaries
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.audit import AuditLog, Request
 from tests.cluster.deploy import NAMESPACE, RELEASE, ROOT
-from tests.cluster.waiting import tell
+from tests.cluster.waiting import tell, wait_until
 
 OPERATOR = f"system:serviceaccount:{NAMESPACE}:{RELEASE}"
 CONFINED_RELEASE = "confined"
@@ -309,7 +309,8 @@ def groups_of(user: str) -> list[str]:
 def install(server: ApiServer) -> None:
     """Apply the CRD and the chart."""
     kubectl(server, "apply", "-f", str(ROOT / "crds"))
-    kubectl(server, "wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+    # `kubectl wait` takes a CRD without any condition yet for an error.
+    wait_until(lambda: server.api().request("GET", INSTANCES.path())[0] == 200, what="the kind is served", seconds=30)
     kubectl(server, "create", "namespace", NAMESPACE)
     apply_chart(server, RELEASE)
 
