@@ -52,6 +52,9 @@ test-runner: setup ## Real MLX on loopback, no cluster
 test-apiserver: setup-cluster ## Real etcd and kube-apiserver on loopback
 	@$(PY) -m tests.cluster.binaries etcd kube-apiserver kube-controller-manager kubectl helm >/dev/null
 	$(PYTEST) tests/apiserver -q
+test-mutation: setup-cluster ## Every field of the CRD changed by itself: as if made so, or told clearly, and healed
+	@$(PY) -m tests.cluster.binaries etcd kube-apiserver kube-controller-manager kubectl helm >/dev/null
+	$(PYTEST) tests/mutation -q
 test-chaos: setup-cluster ## Faults of the API server, two replicas, short random walks
 	@$(PY) -m tests.cluster.binaries etcd kube-apiserver kube-controller-manager kubectl helm >/dev/null
 	$(PYTEST) tests/chaos -q

@@ -41,6 +41,7 @@ LAYERS = (
     Layer("node", "test-node", after="images"),
     Layer("apiserver", "test-apiserver", after="images"),
     Layer("chaos", "test-chaos", after="images"),
+    Layer("mutation", "test-mutation", after="images"),
     Layer("model", "test-model"),
     Layer("scale", "test-scale", after="images"),
 )

@@ -31,6 +31,9 @@ Duration = Annotated[
         ),
     ),
 ]
+# Not by CEL's own quantity(): of an exponent of nine digits it writes out every zero, and the API server with it.
+_NUMBER = "([0-9]{1,18}([.][0-9]{0,18})?|[.][0-9]{1,18})"
+_QUANTITY = f"^[+]?{_NUMBER}([eE][-+]?(1[0-8]|[0-9])|[numkMGTPE]|[KMGTPE]i)?$"
 Quantity = Annotated[
     str | int,
     WithJsonSchema(
@@ -38,15 +41,18 @@ Quantity = Annotated[
             INT_OR_STRING: True,
             "maxLength": 64,
             **cel(
-                rule="type(self) == int ? self >= 0 : isQuantity(self) && !quantity(self).isLessThan(quantity('0'))",
-                message="no quantity: write a number of zero or more with an optional unit, for example 500m, 2 or 4Gi",
+                rule=f"type(self) == int ? self >= 0 : self.matches('{_QUANTITY}')",
+                message="no quantity: write a number of zero or more, at most 18 digits, with an optional unit, for "
+                "example 500m, 2 or 4Gi",
             ),
         }
     ),
 ]
 Opaque = Annotated[dict[str, Any], WithJsonSchema({"type": "object", PRESERVE: True})]
 
-_OBJECT_NAME = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+_PART = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_SUBDOMAIN = f"{_PART}([.]{_PART})*"
+_OBJECT_NAME = f"^{_SUBDOMAIN}$"
 Name = Annotated[
     str,
     Field(
@@ -54,7 +60,7 @@ Name = Annotated[
         max_length=253,
         json_schema_extra=text_rule(
             f"self.matches('{_OBJECT_NAME}')",
-            "is no name of a Kubernetes object: use lower-case letters, digits, - and .",
+            "is no name of a Kubernetes object: use lower-case letters and digits, with - and . between them",
         ),
     ),
 ]
@@ -76,7 +82,7 @@ _SOURCE_RULES = (
         "names no repository: write hf://ORG/NAME or hf://ORG/NAME@REV",
     ),
     text_rule(
-        "!self.startsWith('pvc://') || self.matches('^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.*)?$')",
+        "!self.startsWith('pvc://') || self.matches('^pvc://" + _SUBDOMAIN + "(/.*)?$')",
         "names no claim: write pvc://CLAIM or pvc://CLAIM/PATH, with the name of a PersistentVolumeClaim",
     ),
     text_rule(
@@ -121,6 +127,20 @@ ServedName = Annotated[
     ),
 ]
 
+_QUALIFIED = "[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+LABEL_KEY = f"^({_SUBDOMAIN}/)?{_QUALIFIED}$"
+ANNOTATION_KEY = f"^({_SUBDOMAIN.replace('a-z0-9', 'A-Za-z0-9')}/)?{_QUALIFIED}$"
+DEVICE = f"^{_SUBDOMAIN}/{_QUALIFIED}$"
+"""An extended resource, such as nvidia.com/gpu."""
+KEY_HELP = "use letters, digits, -, _ and ., a letter or digit at its ends, and a domain and / before it if need be"
+TaintKey = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=317,
+        json_schema_extra=text_rule(f"self.matches('{LABEL_KEY}')", f"is no key of a taint: {KEY_HELP}"),
+    ),
+]
 LABEL_VALUE = "^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"
 LabelValue = Annotated[
     str,

@@ -11,7 +11,11 @@ from pydantic import ConfigDict, Field
 from .base import Lenient, seconds
 from .cel import cel, rules
 from .fields import (
+    ANNOTATION_KEY,
+    DEVICE,
     DURATION_RULE,
+    KEY_HELP,
+    LABEL_KEY,
     AdapterSource,
     AnnotationValue,
     Duration,
@@ -24,6 +28,7 @@ from .fields import (
     Quantity,
     SecretKey,
     ServedName,
+    TaintKey,
 )
 from .names import GROUP, MAX_NAME_LENGTH, MAX_RUNNERS
 from .status import Status
@@ -96,7 +101,7 @@ class Toleration(Lenient):
         )
     )
 
-    key: Annotated[str | None, Field(min_length=1, max_length=317)] = None
+    key: TaintKey | None = None
     """Taint key; absent with operator Exists matches all."""
     operator: Annotated[str | None, Field(json_schema_extra={"enum": ["Exists", "Equal", "Lt", "Gt"]})] = None
     """How the value is compared. Default: Equal. Lt and Gt need a cluster that has them."""
@@ -138,7 +143,7 @@ def _keys_rule(good: str, complaint: str) -> dict[str, Any]:
 
 
 _RESOURCE_NAMES = _keys_rule(
-    "key.contains('/') || key.startsWith('hugepages-') || key in ['cpu', 'memory', 'ephemeral-storage']",
+    f"key.matches('{DEVICE}') || key.startsWith('hugepages-') || key in ['cpu', 'memory', 'ephemeral-storage']",
     "unknown resource: use cpu, memory, ephemeral-storage, hugepages-SIZE or one with a domain such as nvidia.com/gpu",
 )
 ResourceList = Annotated[dict[str, Quantity], Field(max_length=16, json_schema_extra=_RESOURCE_NAMES)]
@@ -153,13 +158,20 @@ class Resources(Lenient):
     """What the scheduler reserves."""
 
 
-_POD_LABELS = _keys_rule(
-    f"!key.startsWith('{GROUP}/') && !(key in {list(RESERVED_LABELS)})",
-    "the operator sets this label itself: remove it, or use a domain of your own",
+_LABEL_KEYS = _keys_rule(f"key.matches('{LABEL_KEY}')", f"no key of a label: {KEY_HELP}")
+_POD_LABELS = rules(
+    _LABEL_KEYS,
+    _keys_rule(
+        f"!key.startsWith('{GROUP}/') && !(key in {list(RESERVED_LABELS)})",
+        "the operator sets this label itself: remove it, or use a domain of your own",
+    ),
 )
-_POD_ANNOTATIONS = _keys_rule(
-    f"!key.startsWith('{GROUP}/')",
-    "the operator sets this annotation itself: remove it, or use a domain of your own",
+_POD_ANNOTATIONS = rules(
+    _keys_rule(f"key.matches('{ANNOTATION_KEY}')", f"no key of an annotation: {KEY_HELP}"),
+    _keys_rule(
+        f"!key.startsWith('{GROUP}/')",
+        "the operator sets this annotation itself: remove it, or use a domain of your own",
+    ),
 )
 
 
@@ -170,7 +182,7 @@ class Runner(Lenient):
     """Image of the runner. Default: the operator's own release, fixed in status.runnerImage at the first pod."""
     resources: Resources | None = None
     """Requests and limits of the runner container."""
-    node_selector: Annotated[dict[str, LabelValue] | None, Field(max_length=64)] = None
+    node_selector: Annotated[dict[str, LabelValue] | None, Field(max_length=64, json_schema_extra=_LABEL_KEYS)] = None
     """Labels that the node must have."""
     tolerations: Annotated[tuple[Toleration, ...] | None, Field(max_length=64)] = None
     """Taints that are tolerated. not-ready and unreachable are tolerated for 30 s unless said otherwise here."""

@@ -332,8 +332,8 @@ def kubectl(server: ApiServer, *arguments: str, stdin: str | None = None) -> Non
 
 
 @asynccontextmanager
-async def world(server: ApiServer, namespace: str, folder: Path) -> AsyncIterator[World]:
-    """A world with a namespace of its own."""
+async def world(server: ApiServer, namespace: str, folder: Path, kind: type[Kubelet] = Kubelet) -> AsyncIterator[World]:
+    """A world with a namespace and a kubelet of its own."""
     kubeconfig = folder / "kubelet.kubeconfig"
     server.user_kubeconfig(kubeconfig, "fake-kubelet", ["system:masters"])
     settings = await configuration(str(kubeconfig))
@@ -350,7 +350,7 @@ async def world(server: ApiServer, namespace: str, folder: Path) -> AsyncIterato
                 return bool((await kube.list(SERVICE_ACCOUNTS, namespace))[0])
 
             await eventually(admitted, "the namespace has a service account")
-            async with Kubelet(kube, session, server.url, namespace, folder) as kubelet:
+            async with kind(kube, session, server.url, namespace, folder) as kubelet:
                 made = World(server, kube, kubelet, namespace, folder)
                 try:
                     yield made

@@ -139,6 +139,10 @@ class Kubelet:
         children = _children(process.pid) if process is not None and process.returncode is None else []
         return [pid for pid in children if _is_engine(pid)]
 
+    def places(self, pod: dict[str, Any]) -> bool:
+        """Whether there is a node for a pod."""
+        return "nodeSelector" not in pod["spec"]
+
     # -- the watch
     async def _follow(self) -> None:
         while True:
@@ -177,7 +181,7 @@ class Kubelet:
                 await self._delete(pod["metadata"]["namespace"], pod["metadata"]["name"], uid)
             elif not any(task.get_name() == "terminate" for task in container.tasks):
                 container.tasks.append(asyncio.create_task(self._terminate(container), name="terminate"))
-        elif container is None and not any(key in pod["spec"] for key in ("nodeSelector",)):
+        elif container is None and self.places(pod):
             await self._place(pod)
 
     async def _place(self, pod: dict[str, Any]) -> None:

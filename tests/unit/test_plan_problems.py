@@ -166,7 +166,7 @@ def test_a_container_that_never_starts_ends_at_the_pull_deadline() -> None:
     [
         (403, 'pods "tiny-0" is forbidden: exceeded quota: small', Reason.POD_REFUSED),
         (403, 'violates PodSecurity "restricted:latest"', Reason.POD_REFUSED),
-        (422, 'Pod "tiny-0" is invalid: spec.containers[0].resources', Reason.POD_REFUSED),
+        (422, 'Pod "tiny-0" is invalid: spec.volumes[0]: Forbidden', Reason.POD_REFUSED),
         (409, "Pod tiny-0 exists and belongs to nobody", Reason.CHILD_CONFLICT),
     ],
 )

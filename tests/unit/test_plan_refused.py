@@ -105,3 +105,12 @@ def test_a_refused_spec_between_suspend_and_resume_records_no_failure(spec: dict
     assert cluster.status.epoch == 2
     assert not cluster.status.history
     assert failures(cluster) == []
+
+
+def test_an_entry_of_a_list_is_named_as_the_api_server_does() -> None:
+    cluster = ready()
+    cluster.change(runner={"env": [{"name": "A"}, {"name": "B", "value": 7}]})
+    cluster.reconcile()
+    told = condition(cluster, ConditionType.READY)
+    assert told.reason is Reason.INVALID_SPEC
+    assert told.message.startswith("spec.runner.env[1].value: Input should be a valid string (found 7); ")

@@ -24,9 +24,16 @@ def test_what_is_no_quantity_is_refused_with_an_example(text: str) -> None:
         quantity(text)
 
 
+@pytest.mark.parametrize("text", ["1e40", "1e999", "9" * 64, "1e999Ki", "1e999999999", "1e-999999999"])
+def test_a_number_that_would_fill_the_memory_is_refused_at_once(text: str) -> None:
+    with pytest.raises(ValueError, match="write a"):
+        quantity(text)
+
+
 def test_a_stored_limit_that_is_none_names_its_field() -> None:
-    with pytest.raises(InvalidSpecError, match=r"^spec\.cache\.sizeLimit: 'much' is no quantity"):
-        parse(Cluster(cache={"sizeLimit": "much"}).instance)
+    for text in ("much", ""):
+        with pytest.raises(InvalidSpecError, match=rf"^spec\.cache\.sizeLimit: '{text}' is no quantity"):
+            parse(Cluster(cache={"sizeLimit": text}).instance)
 
 
 @pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (999, "999 B"), (3_400_000, "3.4 MB"), (10**13, "10.0 TB")])

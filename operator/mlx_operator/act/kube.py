@@ -143,8 +143,9 @@ class Kube:
     async def create(
         self, resource: Resource, namespace: str | None, body: Mapping[str, Any], *, seconds: float = REQUEST_SECONDS
     ) -> Manifest:
-        """POST; 409 `AlreadyExists` where the name is taken."""
-        return await self._request("create", resource, namespace, body=body, query=_WRITER, seconds=seconds)
+        """POST; 409 `AlreadyExists` where the name is taken, 400 where a field is unknown: it would be dropped."""
+        query = {**_WRITER, **_STRICT}
+        return await self._request("create", resource, namespace, body=body, query=query, seconds=seconds)
 
     async def replace(
         self,
@@ -168,7 +169,7 @@ class Kube:
         subresource: str | None = None,
     ) -> Manifest:
         """Merge patch: null removes, lists are replaced whole, `metadata.resourceVersion` makes it optimistic."""
-        query = {**_WRITER, "fieldValidation": "Strict"}
+        query = {**_WRITER, **_STRICT}
         return await self._request(
             "patch", resource, namespace, name, subresource, body=body, query=query, content=_MERGE_PATCH
         )
@@ -252,6 +253,7 @@ class Kube:
 
 _METHODS = {"list": "GET", "get": "GET", "create": "POST", "update": "PUT", "patch": "PATCH", "delete": "DELETE"}
 _WRITER: Mapping[str, str | None] = {"fieldManager": names.FIELD_MANAGER}
+_STRICT = {"fieldValidation": "Strict"}
 
 
 def _answer(status: int, data: bytes) -> Manifest:

@@ -12,11 +12,13 @@ from mlx_operator_api.source import SourceKind
 from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import PROTOCOL
 
-from . import downloads, messages, service
+from . import downloads, messages, refused, service
 from .messages import clauses, evidence_line, listed, one_line, signal_name
 from .picture import Picture, Rank, who
 from .pods import PodView
 
+_LASTING = (400, 403, 409, 413, 422)
+"""HTTP status of a refusal that somebody has to do something about."""
 MOUNT_SECONDS = 30.0
 """How long a volume may fail to mount before somebody has to look."""
 _PULL = {
@@ -120,11 +122,12 @@ def _refused(rank: Rank, picture: Picture) -> Problem | None:
     refusal = rank.refusal
     if rank.pod is not None or rank.foreign is not None or refusal is None:
         return None
-    words = f"the API server refused the pod (HTTP {refusal.status}): {refusal.message}"
+    said = refused.in_spec(refusal.message, picture.wanted, rank.rank)
+    words = f"the API server refused the pod (HTTP {refusal.status}): {said}"
     if picture.wanted.source.kind is SourceKind.IMAGE and _NO_IMAGE_VOLUME.search(refusal.message):
         return _problem(picture, rank, Reason.IMAGE_VOLUME_UNSUPPORTED, words, stalled=True)
     reason = Reason.CHILD_CONFLICT if refusal.status == 409 else Reason.POD_REFUSED
-    return _problem(picture, rank, reason, words, stalled=refusal.status in (403, 409, 422))
+    return _problem(picture, rank, reason, words, stalled=refusal.status in _LASTING)
 
 
 def _placed(rank: Rank, picture: Picture) -> Problem | None:

@@ -202,8 +202,9 @@ def _checked(deadlines: Deadlines) -> Deadlines:
 
 
 def _check_cache(spec: Spec) -> None:
+    limit = spec.cache.size_limit if spec.cache is not None else None
     try:
-        quantity((spec.cache and spec.cache.size_limit) or 0)
+        quantity(0 if limit is None else limit)
     except ValueError as error:
         raise ValueError(f"spec.cache.sizeLimit: {error}") from error
 
@@ -231,7 +232,7 @@ def _duration(field: str, text: str | None, default: str) -> float:
 
 def _first(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    where = ".".join(("spec", *(str(part) for part in first["loc"])))
+    where = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
     value = first.get("input")
     shown = "" if isinstance(value, Mapping) else f" (found {json.dumps(value, default=str)[:100]})"
     return f"{where}: {first['msg']}{shown}"

@@ -220,6 +220,17 @@ def _environment(wanted: Wanted, rank: int, runner: Runner) -> list[dict[str, An
     return [*ours, *(variable for variable in chosen if variable["name"] not in taken)]
 
 
+def field_of_variable(wanted: Wanted, rank: int, place: int) -> str:
+    """The field of the spec that a variable of the container's environment comes from."""
+    runner = wanted.spec.runner or Runner()
+    names_in_order = [variable["name"] for variable in _environment(wanted, rank, runner)]
+    name = names_in_order[place] if place < len(names_in_order) else None
+    if name == names.HUB_TOKEN_ENV and _credentials(wanted) is not None:
+        return "spec.model.credentialsSecretRef"
+    chosen = [variable.name for variable in runner.env or ()]
+    return f"spec.runner.env[{chosen.index(name)}]" if name in chosen else "spec.runner.env"
+
+
 def _download(wanted: Wanted) -> list[dict[str, Any]]:
     """What a download needs to know that a task does not tell."""
     found: list[dict[str, Any]] = []

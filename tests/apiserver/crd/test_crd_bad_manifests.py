@@ -14,9 +14,12 @@ UNCHECKED = (
     "correct the existing errors to complete validation"
 )
 DURATION = "is no duration: write a number with a unit (ms, s, m, h), for example 90s or 10m"
-QUANTITY = "no quantity: write a number of zero or more with an optional unit, for example 500m, 2 or 4Gi"
+QUANTITY = (
+    "no quantity: write a number of zero or more, at most 18 digits, with an optional unit, for example 500m, 2 or 4Gi"
+)
 LABEL = "is no label value: use letters, digits, -, _ and . and start and end with a letter or digit"
-NAME = "is no name of a Kubernetes object: use lower-case letters, digits, - and ."
+NAME = "is no name of a Kubernetes object: use lower-case letters and digits, with - and . between them"
+KEY = "use letters, digits, -, _ and ., a letter or digit at its ends, and a domain and / before it if need be"
 
 
 def manifest(spec: dict[str, Any], name: str = "tiny") -> dict[str, Any]:
@@ -142,6 +145,24 @@ CASES: list[tuple[dict[str, Any], str]] = [
             "as nvidia.com/gpu",
         ),
     ),
+    # Its own quantity() would keep the API server busy with a billion digits.
+    (
+        {"runner": {"resources": {"limits": {"memory": "1e999999999"}}}},
+        value(f"{RUNNER}.resources.limits[memory]", '"1e999999999"', QUANTITY),
+    ),
+    (
+        {"runner": {"tolerations": [{"key": "a b", "operator": "Exists"}]}},
+        text(f"{RUNNER}.tolerations[0].key", "a b", f"is no key of a taint: {KEY}"),
+    ),
+    (
+        {"runner": {"nodeSelector": {"a b": "c"}}},
+        value(f"{RUNNER}.nodeSelector", "", f"a b: no key of a label: {KEY}"),
+    ),
+    (
+        {"runner": {"podAnnotations": {"a/b/c": "d"}}},
+        value(f"{RUNNER}.podAnnotations", "", f"a/b/c: no key of an annotation: {KEY}"),
+    ),
+    ({"runner": {"serviceAccountName": "a..b"}}, text(f"{RUNNER}.serviceAccountName", "a..b", NAME)),
     (
         {"runner": {"tolerations": [{"effect": "NoSchedule"}]}},
         value(
@@ -361,6 +382,7 @@ def test_several_bad_fields_are_told_at_once(kubectl: Kubectl) -> None:
         {"deadlines": {"load": "999999h999999h", "connect": "500ms", "pull": "1h30m"}},
         {"restartPolicy": {"maxRestarts": 0, "backoff": {"max": "1s"}}},
         {"cache": {"sizeLimit": 1000000}, "serving": {"maxQueue": 0}},
+        {"cache": {"sizeLimit": "1.5e9"}, "runner": {"podAnnotations": {"Example.COM/a": "b"}}},
     ],
     ids=str,
 )

@@ -1,0 +1,1 @@
+"""Every field of the CRD, mutated by itself, on a real API server."""
