@@ -182,7 +182,7 @@ def test_ranks_that_cannot_reach_each_other_say_whom_they_wait_for_and_what_of_i
         cable.lose(lost)
         began = time.monotonic()
         for rank in ranks.ranks:
-            rank.send(ranks.connect_command(rank.rank, deadline=6.0))
+            rank.send(ranks.connect_command(rank.rank, deadline=5.0))
         messages = []
         for rank in ranks.ranks:
             told = failure(rank)

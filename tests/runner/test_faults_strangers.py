@@ -39,7 +39,7 @@ async def test_a_stranger_that_takes_a_neighbours_place_costs_one_epoch_and_no_m
 ) -> None:
     async with instance_of(row, tmp_path, models) as instance:
         first, last = instance.pods
-        instance.deadlines = DeadlineSeconds(connect=8.0)
+        instance.deadlines = DeadlineSeconds(connect=5.0)
         await instance.create()
         await instance.download()
         await met(lambda: all("engine started" in pod.log for pod in instance.pods), "the imports are done")

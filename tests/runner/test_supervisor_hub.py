@@ -93,7 +93,7 @@ async def test_a_hub_that_is_down_to_the_deadline_is_told_as_unreachable_with_it
 ) -> None:
     hub.faults.append(Fault(kind=Kind.STATUS, status=503, path="/cdn-lfs/.*embed"))
     async with group(tmp_path, 1, **environment(hub, tmp_path / "cache")) as instance:
-        instance.deadlines = instance.deadlines.model_copy(update={"download": 20.0})
+        instance.deadlines = instance.deadlines.model_copy(update={"download": 12.0})
         await instance.create(source=SOURCE)
         pod = instance.pods[0]
         await pod.send(DownloadModel())
@@ -102,7 +102,7 @@ async def test_a_hub_that_is_down_to_the_deadline_is_told_as_unreachable_with_it
         outcome = await pod.outcome(TaskName.DOWNLOAD_MODEL, 1, *ENDED)
         assert (outcome.phase, outcome.reason) == (TaskPhase.FAILED, Reason.MODEL_UNREACHABLE)
         assert outcome.message is not None
-        assert outcome.message.startswith("the model was not present and verified within 20 s: ")
+        assert outcome.message.startswith("the model was not present and verified within 12 s: ")
         assert outcome.message.endswith("% done; last: model-embed.safetensors: HTTP 503")
         assert "download: model-embed.safetensors: HTTP 503; again in 0.5 s" in pod.log
         assert downloads(pod) == []
@@ -114,9 +114,9 @@ async def test_a_hub_that_is_down_to_the_deadline_is_told_as_unreachable_with_it
 
 
 async def test_a_slow_hub_at_the_deadline_is_a_timeout(hub: Hub, tmp_path: Path) -> None:
-    hub.bytes_per_second = 5_000
+    hub.bytes_per_second = 2_000
     async with group(tmp_path, 1, **environment(hub, tmp_path / "cache")) as instance:
-        instance.deadlines = instance.deadlines.model_copy(update={"download": 10.0})
+        instance.deadlines = instance.deadlines.model_copy(update={"download": 4.0})
         await instance.create(source=SOURCE)
         await instance.pods[0].send(DownloadModel())
         outcome = await instance.pods[0].outcome(TaskName.DOWNLOAD_MODEL, 1, *ENDED)

@@ -1,5 +1,6 @@
 """Forming a group: who is let in, who is refused, and what is said of it at the deadline. No MLX here."""
 
+import os
 import queue
 import socket
 import threading
@@ -18,7 +19,8 @@ from mlx_runner.engine.events import Events
 from mlx_runner.engine.failures import EngineError
 from mlx_runner.engine.group import Former, Group, inbound, outbound
 
-HOSTS = [f"127.55.0.{rank + 1}" for rank in range(3)]
+HOSTS = [f"127.55.{os.getpid() % 250}.{os.getpid() // 250 % 60 * 4 + rank + 1}" for rank in range(3)]
+"""Of this process: two runs of these tests on one machine do not meet."""
 PORT = 18082
 
 

@@ -245,7 +245,7 @@ class Former:
         try:
             sock = socket.create_connection((peer.pod_ip, peer.port), timeout=_DIAL_SECONDS)
         except OSError as error:
-            # An answer in a handshake says more than a port that is closed before or after it.
+            # An answer in a handshake says more than a port that is closed, or closes, before or after it.
             if peer.rank not in self._answered:
                 silent = isinstance(error, TimeoutError)
                 self._why[peer.rank] = _NO_ANSWER if silent else (error.strerror or str(error)).lower()
@@ -256,10 +256,11 @@ class Former:
                 handshake.dial(sock, self._connect.token, self._hello(purpose))
             return sock
         except (handshake.StrangerError, handshake.RefusedError) as error:
+            self._answered.add(peer.rank)
             self._why[peer.rank] = str(error)
         except (EOFError, OSError) as error:
-            self._why[peer.rank] = f"it accepted a connection, {_broken(error, began)}"
-        self._answered.add(peer.rank)
+            if peer.rank not in self._answered:
+                self._why[peer.rank] = f"it accepted a connection, {_broken(error, began)}"
         sock.close()
         return None
 
