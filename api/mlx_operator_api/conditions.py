@@ -252,7 +252,7 @@ class Reason(StrEnum):
     CONNECT_TIMEOUT = (
         "ConnectTimeout",
         Retry.RESTART,
-        "A rank was not connected within deadlines.connect; the message says to whom.",
+        "A rank was not connected within deadlines.connect; the message says to whom, and what was seen of that one.",
         "check that pods can reach each other on port 8082 (and 8100-8199 for Tensor): NetworkPolicies, the CNI",
     )
     DOWNLOAD_TIMEOUT = (
@@ -314,8 +314,8 @@ class Reason(StrEnum):
     RUNNER_UNREACHABLE = (
         "RunnerUnreachable",
         Retry.RESTART,
-        "The operator cannot reach a rank's supervisor although its pod runs.",
-        "check NetworkPolicies between the operator and the pods (port 8081)",
+        "The operator hears nothing of a rank's supervisor although its pod runs: no connection, or a stopped process.",
+        "no connection: check NetworkPolicies between the operator and the pods (port 8081); no word: look at the node",
     )
     REPORT_UNDECODABLE = (
         "ReportUndecodable",

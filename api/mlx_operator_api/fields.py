@@ -95,17 +95,7 @@ _SOURCE_RULES = (
     ),
 )
 ModelSource = Annotated[str, Field(max_length=2048, json_schema_extra=rules(*_SOURCE_RULES))]
-"""Of the files of a model."""
-AdapterSource = Annotated[
-    str,
-    Field(
-        max_length=2048,
-        json_schema_extra=rules(
-            *_SOURCE_RULES,
-            text_rule("!self.startsWith('hf://')", "is no source of an adapter in this release: use pvc:// or oci://"),
-        ),
-    ),
-]
+"""Of the files of a model or an adapter."""
 SecretKey = Annotated[
     str,
     Field(

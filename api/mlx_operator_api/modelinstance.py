@@ -16,7 +16,6 @@ from .fields import (
     DURATION_RULE,
     KEY_HELP,
     LABEL_KEY,
-    AdapterSource,
     AnnotationValue,
     Duration,
     EnvName,
@@ -51,8 +50,9 @@ class LocalReference(Lenient):
 class Adapter(Lenient):
     """A low-rank adapter of the model, in mlx-lm's form: adapter_config.json and adapters.safetensors."""
 
-    source: AdapterSource
-    """Where it is: `pvc://CLAIM/PATH` or `oci://IMAGE` (an image volume)."""
+    source: ModelSource
+    """Where it is: `hf://ORG/NAME[@REV]`, `pvc://CLAIM/PATH` or `oci://IMAGE` (an image volume). Resolved and verified
+    as the model is; the commit of a hub's repository is in status.model.adapter.revision."""
 
 
 class KeyReference(LocalReference):
@@ -70,8 +70,8 @@ class Model(Lenient):
     branch of a hub's repository is resolved once, to the commit in status.model.revision: again when the spec changes
     or with the annotation mlx-operator.dev/restart. HF_ENDPOINT in spec.runner.env names a mirror."""
     credentials_secret_ref: LocalReference | None = None
-    """Secret with the key `token`, for a private or gated `hf://` repository: HF_TOKEN of the runner container, before
-    one of spec.runner.env. No effect with pvc:// and oci://."""
+    """Secret with the key `token`, for private or gated `hf://` repositories of model and adapter: HF_TOKEN of the
+    runner container, before one of spec.runner.env. No effect with pvc:// and oci://."""
     adapter: Adapter | None = None
     """Fused into the weights when they are loaded. Default: none."""
     served_name: ServedName | None = None
@@ -267,7 +267,8 @@ class Deadlines(Lenient):
     pull: Duration | None = None
     """A placed pod's container runs. Default: 10m."""
     unreachable: Duration | None = None
-    """A supervisor that was reached answers again. Default: 15s."""
+    """A supervisor that was reached says something again. It has a word every 2 s, and its connection is given up after
+    4.5 s without one: less than that counts as that. Default: 8s."""
     download: Duration | None = None
     """The files are present and verified. Default: 1h."""
     connect: Duration | None = None
@@ -303,7 +304,7 @@ class Deadlines(Lenient):
 DEFAULT_DEADLINES = {
     "schedule": "10m",
     "pull": "10m",
-    "unreachable": "15s",
+    "unreachable": "8s",
     "download": "1h",
     "connect": "40s",
     "load": "10m",

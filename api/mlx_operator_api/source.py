@@ -29,7 +29,7 @@ class Source:
 
 
 def parse(text: str) -> Source:
-    """Parse `spec.model.source`.
+    """Parse `spec.model.source` or `spec.model.adapter.source`.
 
     Raises:
         ValueError: with the value and what is allowed.

@@ -86,6 +86,15 @@ class GroupFailure(Strict):
     """Ranks that failed because of it."""
 
 
+class AdapterStatus(Strict):
+    """The adapter that is fused into the model."""
+
+    source: str
+    """The source that was resolved."""
+    revision: str | None = None
+    """Commit of the hub's repository that all ranks use, over restarts too."""
+
+
 class ModelStatus(Strict):
     """What is served."""
 
@@ -93,10 +102,17 @@ class ModelStatus(Strict):
     """The source that was resolved."""
     revision: str | None = None
     """Commit of the hub's repository that all ranks use, over restarts too."""
+    adapter: AdapterStatus | None = None
+    """The adapter, if the spec names one."""
     digest: str | None = None
-    """Digest over the files."""
+    """Digest over the files, those of the adapter included."""
     bytes: Annotated[int | None, Field(json_schema_extra={"format": "int64"})] = None
     """Size of all weight files."""
+
+    @property
+    def sources(self) -> tuple[str | None, str | None]:
+        """Of the model and of its adapter."""
+        return self.source, self.adapter.source if self.adapter is not None else None
 
 
 class Condition(Strict):

@@ -22,7 +22,8 @@ from .status import LastFailure
 
 PROTOCOL = 1
 """Version of this protocol. Operator and supervisor each speak their own and the one before."""
-HEARTBEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 2.0
+"""So that a supervisor that was stopped is noticed within seconds: its kernel keeps the connection alive for it."""
 
 
 class Sharding(StrEnum):
@@ -99,6 +100,8 @@ class DownloadModel(Lenient):
     name: Literal[TaskName.DOWNLOAD_MODEL] = TaskName.DOWNLOAD_MODEL
     revision: str | None = None
     """The commit of an `hf://` repository that every rank uses; None: resolve the source's revision and report it."""
+    adapter_revision: str | None = None
+    """The same of an `hf://` adapter."""
     memory_limits: tuple[int | None, ...] = ()
     """Of all ranks, by rank, in bytes (None: no limit): they say which layers are whose. Empty: not known."""
 
@@ -189,10 +192,12 @@ class Predecessor(Lenient):
 
 
 class ModelFacts(Lenient):
-    """What is known of the model's files. Complete once DownloadModel is; `revision` already while it runs."""
+    """What is known of the model's files. Complete once DownloadModel is; the revisions already while it runs."""
 
     revision: str | None = None
     """The commit of an `hf://` repository."""
+    adapter_revision: str | None = None
+    """The same of an `hf://` adapter."""
     digest: str | None = None
     """sha256 over the names, sizes and (where known) hashes of the files."""
     bytes: int = 0

@@ -21,6 +21,8 @@ from tests.runner.supervisors import PATIENCE, ROOT
 LAYERS = 4
 NAME = "org/tiny"
 SOURCE = f"hf://{NAME}"
+ADAPTER_NAME = "org/adapter"
+ADAPTER = f"hf://{ADAPTER_NAME}"
 
 
 def write_repository(directory: Path, *, shard_bytes: int = 50_000, tied: bool = False, salt: int = 0) -> Path:
@@ -45,6 +47,18 @@ def write_repository(directory: Path, *, shard_bytes: int = 50_000, tied: bool =
     return directory
 
 
+def write_adapter(directory: Path, *, size: int = 30_000) -> Path:
+    """An adapter in mlx-lm's form, beside what training leaves there."""
+    directory.mkdir(parents=True)
+    parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    (directory / "adapters.safetensors").write_bytes(_safetensors(["model.layers.3.mlp.weight.lora_a"], size, 5))
+    (directory / "0000100_adapters.safetensors").write_bytes(b"a checkpoint")
+    (directory / "README.md").write_bytes(b"not for us")
+    return directory
+
+
 def _safetensors(tensors: list[str], size: int, salt: int) -> bytes:
     each = size // len(tensors)
     header = {
@@ -56,11 +70,15 @@ def _safetensors(tensors: list[str], size: int, salt: int) -> bytes:
     return struct.pack("<Q", len(text)) + text + content
 
 
-def hub_of(directory: Path, **options: Any) -> tuple[Hub, Repository]:
-    """A hub with that one repository."""
+def hub_of(directory: Path, *, adapter: Path | None = None) -> tuple[Hub, Repository]:
+    """A hub with that one repository, and one of an adapter."""
     repository = Repository(NAME)
     repository.push(directory)
-    return Hub(repositories={NAME: repository}, **options), repository
+    repositories = {NAME: repository}
+    if adapter is not None:
+        repositories[ADAPTER_NAME] = Repository(ADAPTER_NAME)
+        repositories[ADAPTER_NAME].push(adapter)
+    return Hub(repositories=repositories), repository
 
 
 class Download:

@@ -264,10 +264,11 @@ class Group:
         for pod in self.pods:
             await pod.state(state, epoch)
 
-    async def create(self, epoch: int = 1, source: str = SOURCE) -> None:
+    async def create(self, epoch: int = 1, source: str = SOURCE, adapter: str | None = None) -> None:
         task = CreateRunner(
             world_size=len(self.pods),
             source=source,
+            adapter=adapter,
             served_name="tiny",
             sharding=self.sharding,
             deadlines=self.deadlines,

@@ -1,9 +1,8 @@
-"""What happens to a whole pod: its supervisor, its memory, its disk, its descriptors, its clock, and SIGTERM."""
+"""What happens to a whole pod: its supervisor, its memory, its disk, its clock, and SIGTERM."""
 
 import asyncio
 import contextlib
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,24 +14,21 @@ from pathlib import Path
 import pytest
 
 from mlx_operator_api.conditions import Reason
-from mlx_operator_api.names import FRAME_PORT, ring_port
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.status import GroupFailure
 from mlx_operator_api.tasks import (
     HEARTBEAT_SECONDS,
-    CreateRunner,
     DeadlineSeconds,
     LoadModel,
     RunnerReport,
-    Sharding,
     StartWarmup,
 )
 from mlx_runner.supervisor.watch import read_process
 from tests.faults import Fault, Layer, declare, fault
 from tests.unit.scenes import ready, see
 
-from .faulting import answering, ask, confirm, engines_of, gone, heals, instance_of, met, send
-from .supervisors import FAKE_ENGINE, SOURCE, Group, group
+from .faulting import answering, ask, engines_of, gone, heals, instance_of, met, send
+from .supervisors import FAKE_ENGINE, Group, group
 
 S = RunnerState
 
@@ -112,8 +108,8 @@ SILENT = Fault(
     reason=Reason.RUNNER_UNREACHABLE,
     says="its supervisor cannot be reached, silent since …",
     others=None,
-    within=15.0,
-    then="by itself: its engine serves on; after `deadlines.unreachable` the next epoch, which waits for it",
+    within=10.0,
+    then="by itself: its engine serves on; after `deadlines.unreachable` (8 s) the next epoch, which waits for it",
 )
 
 
@@ -138,7 +134,7 @@ async def test_a_stopped_supervisor_is_silent_and_goes_on_where_it_was(
         cluster = ready(2)
         cluster.lose_stream("tiny-1")
         cluster.pods["tiny-1"].partitioned = True
-        cluster.wait(14)
+        cluster.wait(7)
         cluster.reconcile()
         assert not cluster.status.history
         cluster.wait(2)
@@ -147,8 +143,7 @@ async def test_a_stopped_supervisor_is_silent_and_goes_on_where_it_was(
         row.check(row.state, found.reason, found.message.partition(": ")[2])
 
 
-# -- its memory: see also test_supervisor_memory.py
-# -- its disk
+# -- its disk (its memory: test_faults_memory.py, its descriptors: test_faults_descriptors.py)
 def can_mount() -> bool:
     return os.geteuid() == 0 and shutil.which("mount") is not None
 
@@ -222,107 +217,6 @@ async def test_a_state_volume_that_cannot_be_written_stops_nothing(
             pod.spawn()
             assert await pod.exit_code() == 2
             assert "is no writable directory: mount an emptyDir there" in pod.log
-
-
-# -- its file descriptors
-def limit_descriptors(pid: int, count: int) -> tuple[int, int]:
-    """Of a running process; what it was before."""
-    return resource.prlimit(pid, resource.RLIMIT_NOFILE, (count, resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]))
-
-
-NO_DESCRIPTORS = Fault(
-    id="descriptors-supervisor",
-    what="supervisor out of file descriptors",
-    injected="RLIMIT_NOFILE of rank 0's PID 1 below what it has open; then its engine is killed",
-    layer=Layer.STAND_IN,
-    ranks=1,
-    rank=0,
-    state=S.PENDING,
-    reason=Reason.ENGINE_CRASHED,
-    says="the engine cannot be started: [Errno 24] Too many open files…",
-    others=None,
-    within=1.0,
-)
-
-
-@fault(NO_DESCRIPTORS)
-async def test_a_supervisor_without_descriptors_tells_it_and_goes_on_once_it_has_some(
-    tmp_path: Path, row: Fault
-) -> None:
-    async with group(tmp_path, 1) as instance:
-        pod = instance.pods[0]
-        await instance.ready()
-        await met(lambda: bool(pod.spares()), "a spare engine")
-        await pod.status("/healthz")  # a connection that the next requests use again
-        before = limit_descriptors(pod.pid, 3)
-        engines = pod.children()
-        for engine in engines:
-            os.kill(engine, signal.SIGKILL)
-        killed = await pod.state(S.FAILED, 1)
-        assert killed.failure is not None
-        assert killed.failure.signal == "SIGKILL", "what needs no descriptor is told as ever"
-        await gone(engines)
-        began = time.monotonic()
-        await pod.send(CreateRunner(world_size=1, source=SOURCE, served_name="tiny"), 2)
-        await confirm(row, instance, began, 2)
-        limit_descriptors(pod.pid, before[0])
-        await instance.ready(3)
-        assert len(pod.engines()) == 1
-
-
-STARVED = (
-    Fault(
-        id="descriptors-dialer",
-        what="engine out of file descriptors",
-        injected="RLIMIT_NOFILE of rank 1's engine below what it has open, before it connects",
-        layer=Layer.GROUP,
-        state=S.CONNECTING,
-        reason=Reason.CONNECT_TIMEOUT,
-        says="not connected within … s: still waiting for rank 0 at … (too many open files)",
-        others=Reason.CONNECT_TIMEOUT,
-        within=40.0,
-    ),
-    Fault(
-        id="descriptors-listener",
-        what="engine out of file descriptors",
-        injected="the same with rank 0's engine, once it listens",
-        layer=Layer.GROUP,
-        rank=0,
-        state=S.CONNECTING,
-        reason=Reason.CONNECT_TIMEOUT,
-        says="not connected within … s: still waiting for rank 1 at … (it has not dialled); "
-        "refused: a connection that could not be accepted: too many open files",
-        others=Reason.CONNECT_TIMEOUT,
-        within=40.0,
-    ),
-)
-
-
-@fault(*STARVED)
-async def test_an_engine_without_descriptors_says_so_when_its_deadline_comes(
-    tmp_path: Path, models: Path, row: Fault
-) -> None:
-    async with instance_of(row, tmp_path, models, real=None) as instance:
-        assert row.rank is not None
-        victim, other = instance.pods[row.rank], instance.pods[1 - row.rank]
-        instance.deadlines = DeadlineSeconds(connect=5.0)
-        await instance.create()
-        await instance.download()
-        engines = engines_of(instance)
-        await met(lambda: all("engine started" in pod.log for pod in instance.pods), "the imports are done")
-        began = time.monotonic()
-        if row.rank == 0:
-            await victim.send(instance.peers())
-            await victim.until(lambda r: r.waiting_for == (1,), "it listens")
-            limit_descriptors(victim.engines()[0], 3)
-            await other.send(instance.peers())
-        else:
-            limit_descriptors(victim.engines()[0], 3)
-            for pod in instance.pods:
-                await pod.send(instance.peers())
-        await confirm(row, instance, began)
-        instance.deadlines = DeadlineSeconds()
-        await heals(instance, 2, engines)
 
 
 # -- its clock
@@ -424,73 +318,3 @@ async def led_to_state(home: Path, state: RunnerState) -> AsyncIterator[Group]:
         async with answering(instance) if state is S.RUNNING else contextlib.nullcontext():
             await pod.state(state, 1)
             yield instance
-
-
-# -- its ports
-@fault(
-    Fault(
-        id="stranger-ring",
-        what="a stranger on the ring port",
-        injected="a TCP connection that a probe or a port scan makes before the left neighbour does",
-        layer=Layer.GROUP,
-        sharding=Sharding.TENSOR,
-        rank=None,
-        state=S.CONNECTING,
-        reason=Reason.CONNECT_TIMEOUT,
-        says="not connected within … s: still waiting for rank …; ring port 8101 was … listening",
-        within=40.0,
-    )
-)
-async def test_a_stranger_that_takes_a_neighbours_place_costs_one_epoch_and_no_more(
-    tmp_path: Path, models: Path, row: Fault
-) -> None:
-    async with instance_of(row, tmp_path, models) as instance:
-        first, last = instance.pods
-        instance.deadlines = DeadlineSeconds(connect=8.0)
-        await instance.create()
-        await instance.download()
-        await met(lambda: all("engine started" in pod.log for pod in instance.pods), "the imports are done")
-        engines, began = engines_of(instance), time.monotonic()
-        await first.send(instance.peers())
-        await first.until(lambda r: r.ring_listening, "a listening ring port")
-        _, stranger = await asyncio.open_connection(first.host, ring_port(1))
-        await last.send(instance.peers())
-        await confirm(row, instance, began)
-        stranger.close()
-        instance.deadlines = DeadlineSeconds()
-        await heals(instance, 2, engines)
-
-
-@fault(
-    Fault(
-        id="stranger-frames",
-        what="strangers on the frame port",
-        injected="connections that are silent, speak HTTP, or know no token, before the peers come",
-        layer=Layer.GROUP,
-        state=None,
-        reason=None,
-        then="nothing fails: who does not know the token is closed and named in the log",
-    )
-)
-async def test_strangers_on_the_frame_port_are_turned_away(tmp_path: Path, models: Path, row: Fault) -> None:
-    async with instance_of(row, tmp_path, models) as instance:
-        first, last = instance.pods
-        await instance.create()
-        await instance.download()
-        await first.send(instance.peers())
-        await first.until(lambda r: r.waiting_for == (1,), "it listens")
-        writers = []
-        for words in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(200), b"\x00" * 4096):
-            _, writer = await asyncio.open_connection(first.host, FRAME_PORT)
-            writer.write(words)
-            writers.append(writer)
-        await last.send(instance.peers())
-        for pod in instance.pods:
-            await pod.state(S.CONNECTED, 1)
-        for writer in writers:
-            writer.close()
-        await instance.all(LoadModel(), S.LOADED, 1)
-        await instance.all(StartWarmup(), S.READY, 1)
-        assert await ask(instance)
-        assert "connection refused: 127." in first.log
-        assert all(r.failure is None for pod in instance.pods for r in pod.reports)

@@ -13,8 +13,9 @@ from mlx_operator_api.conditions import Reason
 from mlx_operator_api.runner import RunnerState, TaskName
 from mlx_operator_api.tasks import DownloadModel, LoadModel, StartWarmup, TaskPhase
 from tests.hub import Fault, Hub, Kind, serving
-from tests.runner.downloads import NAME, SOURCE, hub_of, write_repository
+from tests.runner.downloads import ADAPTER, ADAPTER_NAME, NAME, SOURCE, hub_of, write_repository
 from tests.runner.supervisors import Group, Pod, group
+from tests.runner.test_adapters import make as make_adapter
 
 ENDED = (TaskPhase.COMPLETE, TaskPhase.FAILED)
 
@@ -55,7 +56,8 @@ async def fetched(instance: Group, epoch: int = 1) -> None:
     known = await first.until(lambda r: r.epoch == epoch and r.model is not None, "a revision")
     assert known.model is not None
     for pod in others:
-        await pod.send(DownloadModel(revision=known.model.revision), epoch)
+        told = DownloadModel(revision=known.model.revision, adapter_revision=known.model.adapter_revision)
+        await pod.send(told, epoch)
     for pod in instance.pods:
         outcome = await pod.outcome(TaskName.DOWNLOAD_MODEL, epoch, *ENDED)
         assert outcome.phase is TaskPhase.COMPLETE, outcome.message
@@ -91,7 +93,7 @@ async def test_a_hub_that_is_down_to_the_deadline_is_told_as_unreachable_with_it
 ) -> None:
     hub.faults.append(Fault(kind=Kind.STATUS, status=503, path="/cdn-lfs/.*embed"))
     async with group(tmp_path, 1, **environment(hub, tmp_path / "cache")) as instance:
-        instance.deadlines = instance.deadlines.model_copy(update={"download": 20.0})
+        instance.deadlines = instance.deadlines.model_copy(update={"download": 12.0})
         await instance.create(source=SOURCE)
         pod = instance.pods[0]
         await pod.send(DownloadModel())
@@ -100,7 +102,7 @@ async def test_a_hub_that_is_down_to_the_deadline_is_told_as_unreachable_with_it
         outcome = await pod.outcome(TaskName.DOWNLOAD_MODEL, 1, *ENDED)
         assert (outcome.phase, outcome.reason) == (TaskPhase.FAILED, Reason.MODEL_UNREACHABLE)
         assert outcome.message is not None
-        assert outcome.message.startswith("the model was not present and verified within 20 s: ")
+        assert outcome.message.startswith("the model was not present and verified within 12 s: ")
         assert outcome.message.endswith("% done; last: model-embed.safetensors: HTTP 503")
         assert "download: model-embed.safetensors: HTTP 503; again in 0.5 s" in pod.log
         assert downloads(pod) == []
@@ -112,9 +114,9 @@ async def test_a_hub_that_is_down_to_the_deadline_is_told_as_unreachable_with_it
 
 
 async def test_a_slow_hub_at_the_deadline_is_a_timeout(hub: Hub, tmp_path: Path) -> None:
-    hub.bytes_per_second = 5_000
+    hub.bytes_per_second = 2_000
     async with group(tmp_path, 1, **environment(hub, tmp_path / "cache")) as instance:
-        instance.deadlines = instance.deadlines.model_copy(update={"download": 10.0})
+        instance.deadlines = instance.deadlines.model_copy(update={"download": 4.0})
         await instance.create(source=SOURCE)
         await instance.pods[0].send(DownloadModel())
         outcome = await instance.pods[0].outcome(TaskName.DOWNLOAD_MODEL, 1, *ENDED)
@@ -172,3 +174,36 @@ async def test_a_pipeline_serves_from_what_each_rank_fetched(tmp_path: Path, tin
     everything = {name for name in repository.files() if name.endswith(".safetensors")}
     assert weights(tmp_path / "cache-0") == everything
     assert weights(tmp_path / "cache-1") == {"model-00001-of-00002.safetensors"}
+
+
+async def test_a_pipeline_serves_with_an_adapter_that_came_from_the_hub_too(
+    tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    """Real MLX, up to Ready: each rank resolved the adapter to one commit, fetched, verified and fused it."""
+    model = tiny("llama")
+    found, _ = hub_of(model, adapter=make_adapter(tmp_path / "adapter", model))
+    async with (
+        serving(found),
+        group(tmp_path, 2, engine=None, **environment(found, tmp_path / "cache")) as instance,
+    ):
+        await instance.create(source=SOURCE, adapter=ADAPTER)
+        await fetched(instance)
+        await instance.connect()
+        await instance.all(LoadModel(), RunnerState.LOADED, 1)
+        await instance.all(StartWarmup(), RunnerState.READY, 1)
+        for pod in instance.pods:
+            assert pod.report.note is not None
+            assert "lora adapter of rank 4 fused into the weights" in pod.report.note
+            assert pod.report.model is not None
+            assert pod.report.model.adapter_revision == found.repositories[ADAPTER_NAME].branches["main"]
+
+
+async def test_an_adapter_that_is_not_there_fails_the_download_and_not_the_runner(hub: Hub, tmp_path: Path) -> None:
+    async with group(tmp_path, 1, **environment(hub, tmp_path / "cache")) as instance:
+        await instance.create(source=SOURCE, adapter="pvc://adapters/mine")
+        pod = instance.pods[0]
+        await pod.send(DownloadModel())
+        outcome = await pod.outcome(TaskName.DOWNLOAD_MODEL, 1, *ENDED)
+        assert (outcome.phase, outcome.reason) == (TaskPhase.FAILED, Reason.MODEL_NOT_FOUND)
+        assert outcome.message == f"spec.model.adapter: {names.ADAPTER_MOUNT}/mine (claim adapters) does not exist"
+        assert pod.report.state is RunnerState.IDLE

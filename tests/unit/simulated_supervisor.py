@@ -43,6 +43,7 @@ class Supervisor:
     resolve: Callable[[], str] = lambda: "0" * 40
     """The commit that a branch of the hub is at now."""
     source: str = ""
+    adapter: str = ""
     note: str | None = None
     """What its engine says of the shard."""
     engines: list[int] = field(default_factory=list)
@@ -97,7 +98,7 @@ class Supervisor:
         self.rejections.clear()
         self.engines.append(epoch)
         self.sharding = task.sharding
-        self.source = task.source
+        self.source, self.adapter = task.source, task.adapter or ""
         self.report = RunnerReport(
             instance_uid=UID,
             rank=self.rank,
@@ -129,8 +130,9 @@ class Supervisor:
             assert isinstance(request.task, DownloadModel)
             if self._resolved(request.task):
                 return True
-            revision = self.report.model.revision if self.report.model else None
-            model = ModelFacts(revision=revision, digest=f"sha256:abc{revision}", bytes=10**9, layers=24)
+            known = self.report.model or ModelFacts()
+            found = {"digest": f"sha256:abc{known.revision}", "bytes": 10**9, "layers": 24}
+            model = known.model_copy(update=found)
             facts = {"model_available": True, "model": model}
         if name is TaskName.CONNECT_TO_GROUP:
             if self.sharding is Sharding.TENSOR and not self.report.ring_listening:
@@ -152,10 +154,13 @@ class Supervisor:
         return True
 
     def _resolved(self, task: DownloadModel) -> bool:
-        """The first step of a download from the hub: the commit is reported. True when it was just done."""
-        if not self.source.startswith("hf://") or self.report.model is not None:
+        """The first step of a download from the hub: the commits are reported. True when it was just done."""
+        hub = any(source.startswith("hf://") for source in (self.source, self.adapter))
+        if not hub or self.report.model is not None:
             return False
-        self.publish(model=ModelFacts(revision=task.revision or self.resolve()))
+        revision = task.revision or self.resolve() if self.source.startswith("hf://") else None
+        adapter = task.adapter_revision or self.resolve() if self.adapter.startswith("hf://") else None
+        self.publish(model=ModelFacts(revision=revision, adapter_revision=adapter))
         return True
 
     def _fail_download(self) -> bool:

@@ -88,6 +88,7 @@ def test_one_runner_a_tensor_group_and_an_unknown_number_of_layers_need_everythi
         ("model-00001-of-00002.safetensors", False, True),
         ("consolidated.safetensors", False, False),
         ("adapter_model.safetensors", False, False),
+        ("adapters.safetensors", False, False),
         ("pytorch_model.bin", False, False),
         ("modeling_x.py", False, False),
         ("onnx/config.json", False, False),

@@ -1,5 +1,6 @@
 """Forming a group: who is let in, who is refused, and what is said of it at the deadline. No MLX here."""
 
+import os
 import queue
 import socket
 import threading
@@ -11,14 +12,15 @@ import pytest
 
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.tasks import Peer, Sharding
-from mlx_runner import channel
+from mlx_runner import channel, sockets
 from mlx_runner.engine import handshake
 from mlx_runner.engine.connection import Connection
 from mlx_runner.engine.events import Events
 from mlx_runner.engine.failures import EngineError
 from mlx_runner.engine.group import Former, Group, inbound, outbound
 
-HOSTS = [f"127.55.0.{rank + 1}" for rank in range(3)]
+HOSTS = [f"127.55.{os.getpid() % 250}.{os.getpid() // 250 % 60 * 4 + rank + 1}" for rank in range(3)]
+"""Of this process: two runs of these tests on one machine do not meet."""
 PORT = 18082
 
 
@@ -143,6 +145,71 @@ def test_an_absent_rank_is_named_and_a_present_one_is_not() -> None:
         assert isinstance(result, EngineError)
         assert "waiting for rank 2" in result.message
         assert "rank 1 " not in result.message and "rank 0 " not in result.message
+
+
+def complaint(result: Formed) -> str:
+    assert isinstance(result, EngineError)
+    assert result.reason is Reason.CONNECT_TIMEOUT
+    return result.message
+
+
+def test_whether_a_rank_refused_or_accepted_without_a_word_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshake, "SECONDS", 0.3)
+    (refused,) = form(connect(1, deadline=1.0))
+    assert complaint(refused).endswith(f"rank 0 at {HOSTS[0]}:{PORT} (connection refused)")
+    with socket.create_server((HOSTS[0], PORT)):
+        (silent,) = form(connect(1, deadline=1.0))
+    words = "it accepted a connection, and nothing more came in 0.3 s"
+    assert complaint(silent).endswith(f"rank 0 at {HOSTS[0]}:{PORT} ({words})")
+
+
+def dial(host: str, words: bytes = b"") -> socket.socket:
+    """A connection to rank 0 from an address, once rank 0 listens."""
+    for _ in range(500):
+        try:
+            sock = socket.create_connection((HOSTS[0], PORT), timeout=10, source_address=(host, 0))
+        except ConnectionRefusedError:
+            threading.Event().wait(0.01)
+        else:
+            sock.sendall(words)
+            return sock
+    raise AssertionError("rank 0 does not listen")
+
+
+@pytest.mark.parametrize(
+    ("words", "arrived"),
+    [
+        (b"", "it connected, and nothing more came in 0.3 s"),
+        (b"GET / HTTP/1.1\r\n\r\n" * 20, "its connection was refused: it sent 17735 bytes where at most 1024 belong"),
+    ],
+)
+def test_what_arrives_of_a_rank_that_has_to_dial_is_told(
+    words: bytes, arrived: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handshake, "SECONDS", 0.3)
+    results: list[Formed] = []
+    thread = threading.Thread(target=lambda: results.extend(form(connect(0, deadline=2.0))))
+    thread.start()
+    with dial(HOSTS[1], words):
+        thread.join(30)
+    assert f"rank 1 at {HOSTS[1]} ({arrived})" in complaint(results[0])
+
+
+def test_a_rank_of_which_nothing_arrives_is_told_so() -> None:
+    (result,) = form(connect(0, deadline=0.5))
+    assert complaint(result).endswith(f"rank 1 at {HOSTS[1]} (no connection from there has arrived)")
+
+
+def test_connections_that_arrive_and_are_never_completed_tell_which_way_is_broken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for seen, words in (
+        (frozenset({HOSTS[1]}), "its connections arrive here, the answers to them do not reach it"),
+        (None, "no connection of it was accepted"),
+    ):
+        monkeypatch.setattr(sockets, "half_open", lambda port, seen=seen: seen if port == PORT else None)
+        (result,) = form(connect(0, deadline=0.5))
+        assert complaint(result).endswith(f"rank 1 at {HOSTS[1]} ({words})")
 
 
 def test_a_port_in_use_is_told_with_its_address() -> None:

@@ -153,6 +153,21 @@ def test_another_secret_needs_another_pod_but_another_repository_does_not() -> N
     assert hashed(source="pvc://models/tiny", credentialsSecretRef={"name": "hf"}) == mounted != known
 
 
+def test_an_adapter_of_the_hub_needs_no_volume_and_the_token_of_the_model() -> None:
+    model = {"source": "pvc://models/a", "credentialsSecretRef": {"name": "hf"}}
+    manifest = pod(model={**model, "adapter": {"source": "hf://a/b"}})
+    assert "adapter" not in {v["name"] for v in manifest["spec"]["volumes"]}
+    (token,) = [v for v in container(manifest)["env"] if v["name"] == names.HUB_TOKEN_ENV]
+    assert token["valueFrom"]["secretKeyRef"] == {"name": "hf", "key": names.HUB_TOKEN_KEY}
+    assert not [v for v in container(pod(model=model))["env"] if v["name"] == names.HUB_TOKEN_ENV]
+    mark = names.TEMPLATE_HASH_ANNOTATION
+    hashes = {
+        pod(model={**model, "adapter": {"source": source}})["metadata"]["annotations"][mark]
+        for source in ("hf://a/b", "hf://c/d@v1")
+    }
+    assert len(hashes) == 1, "another adapter of the hub needs no other pod"
+
+
 def test_an_adapter_has_a_volume_of_its_own_that_belongs_to_the_template() -> None:
     model = {"source": "pvc://models/a", "adapter": {"source": "oci://registry.example/adapter:1"}}
     manifest = pod(model=model)

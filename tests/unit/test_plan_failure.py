@@ -298,6 +298,20 @@ def test_a_silent_supervisor_fails_the_epoch_only_after_its_deadline() -> None:
     assert see(cluster).reason is Reason.RUNNER_UNREACHABLE
 
 
+def test_a_frozen_supervisor_is_told_within_ten_seconds_by_default_and_not_before_its_deadline() -> None:
+    cluster = ready()
+    cluster.pods["tiny-1"].partitioned = True
+    cluster.wait(5)
+    cluster.lose_stream("tiny-1")
+    cluster.reconcile()
+    cluster.wait(2.5)
+    cluster.reconcile()
+    assert not cluster.status.history, "two heartbeats may get lost"
+    cluster.wait(1)
+    found = see(cluster)
+    assert (found.rank, found.reason, found.consequences) == (1, Reason.RUNNER_UNREACHABLE, (0,))
+
+
 @pytest.mark.parametrize(
     ("state", "seconds", "reason"),
     [

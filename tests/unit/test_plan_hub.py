@@ -22,6 +22,12 @@ def downloads(cluster: Cluster) -> list[tuple[int, str | None]]:
     return [(request.rank, request.task.revision) for request in sent if isinstance(request.task, DownloadModel)]
 
 
+def adapters(cluster: Cluster) -> list[tuple[int, str | None]]:
+    """The same of the adapter."""
+    sent = (action.request for action in cluster.sent)
+    return [(r.rank, r.task.adapter_revision) for r in sent if isinstance(r.task, DownloadModel)]
+
+
 def revision(cluster: Cluster) -> str | None:
     return cluster.status.model.revision if cluster.status.model else None
 
@@ -228,3 +234,85 @@ def test_every_rank_is_told_the_memory_of_all_so_that_it_knows_its_layers() -> N
     cluster.run(until=lambda: len(downloads(cluster)) == 2)
     tasks = [a.request.task for a in cluster.sent if isinstance(a.request.task, DownloadModel)]
     assert {task.memory_limits for task in tasks} == {(10**9, None)}
+
+
+# -- adapters
+ADAPTED = {"source": "pvc://models/tiny", "adapter": {"source": "hf://org/adapter"}}
+
+
+def adapter_revision(cluster: Cluster) -> str | None:
+    model = cluster.status.model
+    return model.adapter.revision if model is not None and model.adapter is not None else None
+
+
+def test_an_adapter_of_the_hub_is_of_one_commit_on_every_rank_too() -> None:
+    cluster = Cluster(runners=2, model=ADAPTED)
+    cluster.run(until=lambda: bool(adapters(cluster)))
+    assert adapters(cluster) == [(0, None)]
+    cluster.move_branch(2)
+    cluster.run()
+    assert cluster.ready()
+    assert adapters(cluster) == [(0, None), (1, SECOND)]
+    assert (revision(cluster), adapter_revision(cluster)) == (None, SECOND)
+    assert cluster.status.model is not None
+    assert cluster.status.model.sources == ("pvc://models/tiny", "hf://org/adapter")
+
+
+def test_other_ranks_wait_for_both_commits() -> None:
+    cluster = Cluster(runners=2, model={"source": f"hf://org/tiny@{FIRST}", "adapter": {"source": "hf://org/adapter"}})
+    cluster.run(until=lambda: bool(downloads(cluster)))
+    assert downloads(cluster) == [(0, FIRST)], "the model's commit is known, the adapter's is not"
+    cluster.run()
+    assert cluster.ready()
+    assert downloads(cluster)[1:] == [(1, FIRST)]
+    assert adapters(cluster)[1:] == [(1, FIRST)]
+
+
+def test_a_failure_keeps_the_adapter_and_another_adapter_is_resolved_anew_in_the_same_pods() -> None:
+    cluster = ready(model=ADAPTED)
+    pods = {name: pod.manifest["metadata"]["uid"] for name, pod in cluster.pods.items()}
+    cluster.move_branch(2)
+    cluster.kill_engine(1)
+    cluster.run()
+    assert cluster.ready()
+    assert adapter_revision(cluster) == FIRST
+    cluster.change(model={**ADAPTED, "adapter": {"source": "hf://org/other"}})
+    cluster.run()
+    assert cluster.ready()
+    assert (cluster.status.epoch, adapter_revision(cluster)) == (3, SECOND)
+    assert {name: pod.manifest["metadata"]["uid"] for name, pod in cluster.pods.items()} == pods
+
+
+def test_an_adapter_that_changes_before_the_group_starts_is_never_told_the_commit_of_the_other() -> None:
+    cluster = Cluster(runners=2, model={**ADAPTED, "adapter": {"source": f"hf://org/adapter@{FIRST}"}})
+    cluster.reconcile()
+    assert adapter_revision(cluster) == FIRST
+    cluster.change(model=ADAPTED)
+    cluster.move_branch(2)
+    cluster.run()
+    assert cluster.ready()
+    assert adapter_revision(cluster) == SECOND
+
+
+def test_a_refused_spec_keeps_what_is_known_of_the_adapter() -> None:
+    cluster = ready(model=ADAPTED)
+    known = cluster.status.model
+    cluster.change(model={"source": "s3://bucket/model"})
+    cluster.kill_engine(1)
+    cluster.run()
+    assert cluster.status.model == known
+
+
+def test_what_is_wrong_with_the_adapter_comes_with_a_remedy_for_the_adapter() -> None:
+    cluster = Cluster(runners=1, model=ADAPTED)
+    cluster.run(until=lambda: bool(downloads(cluster)))
+    supervisor = cluster.supervisor(0)
+    supervisor.download_fails = Reason.MODEL_NOT_FOUND
+    supervisor.download_words = "spec.model.adapter: the adapter in hf://org/adapter@main has no adapters.safetensors"
+    cluster.run(30)
+    stalled = condition(cluster, ConditionType.STALLED)
+    assert stalled.reason is Reason.MODEL_NOT_FOUND
+    assert stalled.message.endswith(
+        "has no adapters.safetensors; correct spec.model.adapter.source: it must lead to a directory with "
+        "adapter_config.json and adapters.safetensors"
+    )

@@ -12,7 +12,7 @@ GOOD = {"model": {"source": "pvc://models/tiny"}, "runners": 2}
 REFUSED: dict[str, tuple[dict[str, Any], Reason]] = {
     "scheme": ({"model": {"source": "s3://bucket/model"}}, Reason.INVALID_SPEC),
     "adapter": (
-        {"model": {"source": "pvc://models/tiny", "adapter": {"source": "hf://a/b"}}},
+        {"model": {"source": "pvc://models/tiny", "adapter": {"source": "s3://a/b"}}},
         Reason.INVALID_SPEC,
     ),
     "runners": ({"runners": 65}, Reason.INVALID_SPEC),

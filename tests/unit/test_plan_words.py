@@ -238,7 +238,7 @@ EXPECTED: dict[Callable[[], Cluster], str] = {
         Not ready: restart 1/5 at 15:00:18Z after RunnerUnreachable on rank 1
         rank 1/2 tiny-1 on n2: RunnerFailed, its supervisor cannot be reached, silent since 15:00:02Z: connection lost
         rank 0/2 tiny-0 on n1: RunnerReady, layers 0-11
-        do: check NetworkPolicies between the operator and the pods (port 8081)
+        do: no connection: check NetworkPolicies between the operator and the pods (port 8081); no word: look at the node
     """,
     budget_spent: """
         Stalled: RestartBudgetExhausted after EngineCrashed on rank 0

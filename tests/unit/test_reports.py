@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from mlx_operator.act.resources import INSTANCES, PODS
-from mlx_operator.act.runner import RunnerError, RunnerPort
+from mlx_operator.act.runner import RunnerError, RunnerPort, describe
 from mlx_operator.decide.observed import RunnerView
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe.reports import LONGEST_RETRY_SECONDS, ReportStreams
@@ -313,6 +313,11 @@ async def test_a_late_line_of_a_stream_that_was_closed_is_not_heard(scene: Scene
     old.put_nowait(report(seq=7, incarnation=BEFORE).model_dump_json(by_alias=True).encode() + b"\n")
     await asyncio.sleep(0.1)
     assert scene.view.report == report(seq=1, incarnation=AFTER)
+
+
+def test_a_connection_that_cannot_be_made_and_one_without_a_word_are_told_apart() -> None:
+    assert describe(aiohttp.ConnectionTimeoutError("Connection timeout to host")) == "no connection within 2 s"
+    assert describe(aiohttp.SocketTimeoutError("Timeout on reading")) == "no word on its report stream for 4.5 s"
 
 
 async def test_the_address_of_a_pod_is_its_ip_while_the_container_runs() -> None:

@@ -12,7 +12,7 @@ from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.tasks import RunnerReport, Sharding
 from mlx_runner.progress import Phase, Snapshot
 from mlx_runner.quantity import quantity
-from mlx_runner.supervisor import evidence, ring
+from mlx_runner.supervisor import evidence
 from mlx_runner.supervisor.cgroup import Cgroup
 from mlx_runner.supervisor.diagnosis import of_deadline, of_exit
 from mlx_runner.supervisor.watch import Process, Sample, Stall, Watch, read_process
@@ -271,21 +271,6 @@ def test_bytes_are_written_as_kubernetes_writes_them() -> None:
         "1.1Gi",
         "1.5Gi",
     ]
-
-
-def test_a_listening_port_is_seen_in_the_kernels_table(tmp_path: Path) -> None:
-    table = tmp_path / "tcp"
-    table.write_text(
-        "  sl  local_address rem_address   st\n"
-        "   0: 0300007F:1FA7 00000000:0000 0A 0 0\n"
-        "   1: 00000000:1FA8 00000000:0000 0A 0 0\n"
-        "   2: 00000000:1FA9 0300007F:0001 01 0 0\n"
-    )
-    assert ring.listens(8103, "127.0.0.3", table)
-    assert not ring.listens(8103, "127.0.0.4", table)
-    assert ring.listens(8104, "127.0.0.4", table), "a socket at every address"
-    assert not ring.listens(8105, "127.0.0.3", table), "a connection is no listener"
-    assert not ring.listens(8105, "127.0.0.3", tmp_path / "none")
 
 
 def test_exit_codes_are_decoded() -> None:

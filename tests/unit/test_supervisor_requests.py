@@ -1,62 +1,16 @@
 """The broker: requests of clients before, while and after an engine is there."""
 
 import asyncio
+import gc
 
 import pytest
 
 from mlx_operator_api.tasks import ServingOptions
 from mlx_runner import channel
+from mlx_runner.supervisor.answers import dispatched
 from mlx_runner.supervisor.requests import Broker, QueueFullError, UnavailableError
-from mlx_runner.supervisor.tickets import Answer, Lost, Paused, ServedModel, Ticket
-
-
-class Engine:
-    """What the broker sent."""
-
-    def __init__(self) -> None:
-        self.sent: list[channel.Command] = []
-        self.active: list[int] = []
-
-    def send(self, command: channel.Command) -> None:
-        self.sent.append(command)
-
-    @property
-    def commands(self) -> list[channel.Generate]:
-        return [command for command in self.sent if isinstance(command, channel.Generate)]
-
-    @property
-    def ids(self) -> list[str]:
-        return [command.id for command in self.commands]
-
-
-def generate(number: int) -> channel.Generate:
-    return channel.Generate(id=str(number), prompt="x")
-
-
-def accepted(number: int) -> channel.Accepted:
-    return channel.Accepted(id=str(number), prompt_tokens=1)
-
-
-def delta(number: int, *tokens: int) -> channel.Delta:
-    return channel.Delta(id=str(number), text="".join(f" {token}" for token in tokens), tokens=tokens)
-
-
-def everything(ticket: Ticket) -> list[Answer]:
-    """What its client was told so far."""
-    return [ticket.answers.get_nowait() for _ in range(ticket.answers.qsize())]
-
-
-async def last(ticket: Ticket) -> Lost:
-    """How it was ended."""
-    async with asyncio.timeout(30):
-        while True:
-            answer = await ticket.answers.get()
-            if isinstance(answer, Lost):
-                return answer
-
-
-def finished(number: int) -> channel.Finished:
-    return channel.Finished(id=str(number), finish_reason="stop", prompt_tokens=1, completion_tokens=1)
+from mlx_runner.supervisor.tickets import Observer, Outcome, Ticket
+from tests.unit.brokered import Engine, accepted, finished, generate, last
 
 
 @pytest.fixture
@@ -109,124 +63,6 @@ async def test_the_place_of_a_client_that_left_is_free_when_the_engine_says_so(b
     assert (engine.ids, next_one.dispatched.done()) == (["0", "1"], True)
 
 
-async def test_a_lost_engine_costs_nobody_the_answer_and_the_next_epoch_serves_all_in_their_order(
-    broker: Broker, engine: Engine
-) -> None:
-    broker.open(engine.send, ServingOptions(max_concurrent_requests=2))
-    tickets = [broker.enter(generate(n)) for n in range(4)]
-    broker.deliver(accepted(1))
-    broker.deliver(delta(1, 7))
-    broker.deliver(delta(1, 8, 9))
-    broker.lose("engine killed")
-    assert broker.refusal() is None
-    assert (broker.active, broker.waiting, broker.idle.is_set()) == (0, 4, True)
-    broker.enter(generate(4))
-    broker.deliver(delta(1, 10))
-
-    successor = Engine()
-    broker.open(successor.send, ServingOptions(max_concurrent_requests=5))
-    assert (successor.ids, engine.ids) == (["0", "1", "2", "3", "4"], ["0", "1"])
-    assert [command.resume for command in successor.commands] == [(), (7, 8, 9), (), (), ()]
-    for event in (accepted(1), delta(1, 10), finished(1)):
-        broker.deliver(event)
-    assert everything(tickets[1]) == [
-        accepted(1),
-        delta(1, 7),
-        delta(1, 8, 9),
-        Paused(3),
-        delta(1, 10),
-        finished(1),
-    ], "accepted is not told twice, a late word of the old engine not at all"
-    assert everything(tickets[0]) == [Paused(0)]
-
-
-async def test_a_request_goes_on_over_any_number_of_lost_engines(broker: Broker, engine: Engine) -> None:
-    broker.open(engine.send, ServingOptions())
-    ticket = broker.enter(generate(0))
-    for number in range(5):
-        broker.deliver(accepted(0))
-        broker.deliver(delta(0, number))
-        broker.lose("engine killed")
-        broker.open(engine.send, ServingOptions())
-    assert engine.commands[-1] == generate(0).model_copy(update={"resume": (0, 1, 2, 3, 4)})
-    assert ticket.command == generate(0), "what was asked stays as it was"
-
-
-async def test_a_client_that_left_is_not_gone_on_with(broker: Broker, engine: Engine) -> None:
-    broker.open(engine.send, ServingOptions())
-    gone, held = broker.enter(generate(0)), broker.enter(generate(1))
-    broker.deliver(accepted(0))
-    broker.leave(gone)
-    broker.lose("engine killed")
-    broker.leave(held)
-    assert (broker.active, broker.waiting) == (0, 0)
-    successor = Engine()
-    broker.open(successor.send, ServingOptions())
-    assert successor.sent == []
-
-
-async def test_requests_that_go_on_take_no_place_in_the_queue_from_new_ones(broker: Broker, engine: Engine) -> None:
-    broker.open(engine.send, ServingOptions(max_concurrent_requests=2, max_queue=1))
-    for number in range(2):
-        broker.enter(generate(number))
-    broker.lose("engine killed")
-    broker.enter(generate(2))
-    with pytest.raises(QueueFullError):
-        broker.enter(generate(3))
-
-
-# -- the bound
-async def test_what_no_epoch_goes_on_with_in_time_gets_an_honest_end(broker: Broker, engine: Engine) -> None:
-    broker.open(engine.send, ServingOptions(), resume_seconds=0.2)
-    begun, not_begun = broker.enter(generate(0)), broker.enter(generate(1))
-    broker.deliver(accepted(0))
-    broker.deliver(delta(0, 7))
-    broker.lose("engine killed by signal 9 (SIGKILL)")
-    end = await last(begun)
-    assert (end.status, end.code) == (503, "runner_failed")
-    assert end.message == (
-        "the model's runner failed after 1 tokens of the answer: engine killed by signal 9 (SIGKILL); "
-        "the model did not become ready again within 0.2 s"
-    )
-    end = await last(not_begun)
-    assert (end.status, end.code) == (503, "not_ready")
-    assert broker.waiting == 0
-    broker.open(engine.send, ServingOptions())
-    assert engine.ids == ["0", "1"]
-
-
-async def test_the_time_counts_from_the_first_loss_until_a_token_comes(broker: Broker, engine: Engine) -> None:
-    broker.open(engine.send, ServingOptions(), resume_seconds=30.0)
-    stuck, moving = broker.enter(generate(0)), broker.enter(generate(1))
-    broker.lose("engine killed")
-    first = stuck.deadline, moving.deadline
-    assert None not in first
-    broker.open(engine.send, ServingOptions(), resume_seconds=30.0)
-    assert (stuck.timer, stuck.deadline) == (None, first[0]), "in an engine it has all the time that it needs"
-    broker.deliver(delta(1, 7))
-    await asyncio.sleep(0.01)
-    broker.lose("engine killed")
-    assert stuck.deadline == first[0] and moving.deadline is not None and first[1] is not None
-    assert moving.deadline > first[1]
-    assert stuck.timer is not None and moving.timer is not None
-
-
-async def test_an_answer_is_not_gone_on_with_by_another_model(broker: Broker, engine: Engine) -> None:
-    small, large = ServedModel("tiny", "hf://a/small", digest="1"), ServedModel("tiny", "hf://a/large", digest="2")
-    broker.open(engine.send, ServingOptions(), model=small)
-    begun, not_begun = broker.enter(generate(0), "tiny"), broker.enter(generate(1), "tiny")
-    broker.deliver(accepted(0))
-    broker.deliver(delta(0, 7))
-    broker.lose("the runner was shut down")
-    held, renamed = broker.enter(generate(2), "tiny"), broker.enter(generate(3), "other")
-    broker.open(engine.send, ServingOptions(), model=large)
-    assert engine.ids == ["0", "1", "1", "2"]
-    assert (await last(begun)).message.endswith("another model is served now")
-    with pytest.raises(UnavailableError, match="another model is served now"):
-        await renamed.dispatched
-    assert not not_begun.done and not held.done
-
-
 async def test_while_draining_nothing_is_held_and_what_waits_for_an_epoch_ends_at_once(
     broker: Broker, engine: Engine
 ) -> None:
@@ -249,146 +85,6 @@ async def test_an_engine_that_is_lost_while_draining_breaks_the_answer_off_at_on
     assert broker.waiting == 0
 
 
-# -- who makes an engine die
-async def test_a_request_that_two_engines_died_of_by_themselves_is_not_given_to_a_third(
-    broker: Broker, engine: Engine, caplog: pytest.LogCaptureFixture
-) -> None:
-    broker.open(engine.send, ServingOptions())
-    deadly = broker.enter(channel.Generate(id="0", prompt="a secret", stop=("secret",), seed=3))
-    broker.deliver(accepted(0))
-    for _ in range(2):
-        broker.lose("engine killed by signal 11 (SIGSEGV)", own_doing=True)
-        broker.open(engine.send, ServingOptions())
-    assert (engine.ids, broker.active) == (["0", "0"], 0)
-    end = await last(deadly)
-    assert (end.status, end.code) == (500, "request_crashes_engine")
-    assert "2 engines in a row died by themselves" in end.message and "SIGSEGV" in end.message
-    assert "endpoint=completions prompt_tokens=1 tokens_given=0" in caplog.text
-    assert "len(prompt)=8" in caplog.text and "seed=3" in caplog.text
-    assert "secret" not in caplog.text
-
-
-@pytest.mark.parametrize("own_doing", [True, False])
-async def test_a_request_whose_engine_only_lost_a_peer_is_judged_by_what_became_of_that(
-    broker: Broker, engine: Engine, own_doing: bool
-) -> None:
-    broker.open(engine.send, ServingOptions())
-    suspect, gone = broker.enter(generate(0)), broker.enter(generate(1))
-    for _ in range(2):
-        broker.lose("connection to rank 1 lost", own_doing=None)
-        broker.lose("epoch 2 of the group starts")
-        broker.leave(gone)
-        broker.explain(own_doing=own_doing)
-        broker.explain(own_doing=own_doing)
-        broker.open(engine.send, ServingOptions())
-    assert suspect.done == own_doing
-    if own_doing:
-        assert (await last(suspect)).code == "request_crashes_engine"
-    assert (broker.active, broker.waiting) == (1 - own_doing, 0)
-
-
-@pytest.mark.parametrize("between", ["a kill from outside", "a token"])
-async def test_a_request_is_not_blamed_for(broker: Broker, engine: Engine, between: str) -> None:
-    broker.open(engine.send, ServingOptions())
-    innocent = broker.enter(generate(0))
-    broker.lose("abort", own_doing=True)
-    for _ in range(3):
-        broker.open(engine.send, ServingOptions())
-        if between == "a token":
-            broker.deliver(delta(0, 7))
-        broker.lose("died", own_doing=between == "a token")
-    assert not innocent.done
-
-
-async def test_the_request_that_kills_engines_takes_no_other_with_it(broker: Broker) -> None:
-    """Of nine requests one makes every engine abort before its first token; the engine is the same each time."""
-    waits_for, answered, deaths = 5, 3, 0
-    engine = Engine()
-    broker.open(engine.send, ServingOptions())
-    tickets = [broker.enter(generate(n)) for n in range(9)]
-    given = dict.fromkeys(range(9), 0)
-    while not all(ticket.done for ticket in tickets):
-        known = len(engine.sent)
-        for command in engine.commands:
-            number = int(command.id)
-            if number == waits_for:
-                deaths += 1
-                broker.lose("abort", own_doing=True)
-                engine = Engine()
-                broker.open(engine.send, ServingOptions())
-                break
-            if given[number] < answered:
-                broker.deliver(accepted(number))
-                broker.deliver(delta(number, given[number]))
-                given[number] += 1
-            else:
-                broker.deliver(finished(number))
-        assert deaths < 5, "the budget of restarts would be spent"
-        assert known or deaths
-    assert deaths == 2
-    assert (await last(tickets[waits_for])).code == "request_crashes_engine"
-    for number, ticket in enumerate(tickets):
-        if number != waits_for:
-            told = everything(ticket)
-            assert [token for event in told if isinstance(event, channel.Delta) for token in event.tokens] == [0, 1, 2]
-            assert told[-1] == finished(number)
-
-
-async def test_a_new_request_is_not_mistaken_for_the_cause_nor_takes_the_blame_of_another(
-    broker: Broker, engine: Engine
-) -> None:
-    broker.open(engine.send, ServingOptions())
-    suspect, other = broker.enter(generate(0)), broker.enter(generate(1))
-    broker.lose("abort", own_doing=True)
-    deadly = broker.enter(generate(2))
-    broker.open(engine.send, ServingOptions())
-    assert engine.ids[2:] == ["0"], "alone, until it is answered"
-    broker.deliver(delta(0, 7))
-    assert engine.ids[2:] == ["0", "1"]
-    broker.leave(other)
-    broker.deliver(finished(1))
-    assert engine.ids[2:] == ["0", "1", "2"], "a client that left is nobody to wait for"
-    broker.lose("abort", own_doing=True)
-    assert not suspect.done and not deadly.done
-    broker.open(engine.send, ServingOptions())
-    broker.deliver(delta(0, 8))
-    broker.lose("abort", own_doing=True)
-    assert not suspect.done
-    assert (await last(deadly)).code == "request_crashes_engine"
-
-
-async def test_after_a_final_failure_nobody_is_held_until_the_group_is_ready_again(
-    broker: Broker, engine: Engine
-) -> None:
-    broker.open(engine.send, ServingOptions(max_concurrent_requests=1))
-    returned, waits = broker.enter(generate(0)), broker.enter(generate(1))
-    broker.lose("no memory")
-    broker.give_up("no memory")
-    words = "the model has failed and is not started again by itself: no memory"
-    assert await last(returned) == Lost(words, code="not_ready")
-    with pytest.raises(UnavailableError, match=words):
-        await waits.dispatched
-    assert (broker.refusal(), broker.waiting) == (words, 0)
-    broker.lose("epoch 2 of the group starts")
-    assert broker.refusal() == words
-    broker.open(engine.send, ServingOptions())
-    broker.lose("engine killed")
-    assert broker.refusal() is None
-
-
-async def test_held_requests_are_refused_when_no_epoch_comes_in_time(broker: Broker, engine: Engine) -> None:
-    broker.open(engine.send, ServingOptions(), resume_seconds=0.2)
-    broker.lose("engine killed")
-    held = broker.enter(generate(1))
-    with pytest.raises(UnavailableError, match="did not become ready again in time"):
-        await asyncio.wait_for(held.dispatched, 30)
-    assert broker.refusal() == "the model has not been ready for more than 0.2 s"
-    with pytest.raises(UnavailableError):
-        broker.enter(generate(2))
-    broker.open(engine.send, ServingOptions())
-    assert broker.refusal() is None
-
-
 async def test_a_draining_broker_refuses_what_waits_and_lets_run_what_runs(broker: Broker, engine: Engine) -> None:
     broker.open(engine.send, ServingOptions(max_concurrent_requests=1))
     ran, waits = broker.enter(generate(0)), broker.enter(generate(1))
@@ -399,3 +95,58 @@ async def test_a_draining_broker_refuses_what_waits_and_lets_run_what_runs(broke
     broker.deliver(finished(0))
     assert ran.answers.get_nowait() == finished(0)
     assert broker.idle.is_set()
+
+
+class Counted(Observer):
+    """What the metrics would count."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def resumed(self, ticket: Ticket) -> None:
+        self.told.append("resumed")
+
+    def queued(self, ticket: Ticket, seconds: float) -> None:
+        self.told.append("queued")
+
+    def ended(self, ticket: Ticket, outcome: Outcome, seconds: float, finished: channel.Finished | None) -> None:
+        self.told.append(outcome)
+
+
+async def test_a_client_that_leaves_the_queue_as_its_place_comes_free_is_counted_as_what_it_was() -> None:
+    broker, engine = Broker(lambda active: None), Engine()
+    broker.open(engine.send, ServingOptions(max_concurrent_requests=1))
+    running = broker.enter(generate(1))
+    broker.observer = counted = Counted()
+    ticket = broker.enter(generate(2))
+
+    async def client() -> None:
+        try:
+            await dispatched(broker, ticket)
+        finally:
+            broker.leave(ticket)
+
+    waiting = asyncio.create_task(client())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    broker.deliver(finished(1))  # before the client's task has run
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert running.done
+    assert counted.told == ["finished", "queued", "cancelled"]
+    assert engine.sent[-1] == channel.Cancel(id="2")
+
+
+async def test_choices_that_nobody_waits_for_any_more_leave_no_lost_exception() -> None:
+    broker, engine = Broker(lambda active: None), Engine()
+    broker.open(engine.send, ServingOptions(max_concurrent_requests=1))
+    broker.enter(generate(1))
+    lost: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: lost.append(context))
+    tickets = [broker.enter(generate(number)) for number in (2, 3)]
+    broker.give_up("no memory")
+    with pytest.raises(UnavailableError):
+        await tickets[0].dispatched
+    tickets.clear()
+    gc.collect()
+    assert lost == []

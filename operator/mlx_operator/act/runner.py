@@ -11,8 +11,9 @@ from mlx_operator_api.tasks import HEARTBEAT_SECONDS, TaskAnswer, TaskRequest
 
 CONNECT_SECONDS = 2.0
 TASK_SECONDS = 10.0
-SILENCE_SECONDS = 2.5 * HEARTBEAT_SECONDS
-"""A report stream that is silent for so long is dead, whatever TCP says."""
+SILENCE_SECONDS = 2.25 * HEARTBEAT_SECONDS
+"""A report stream on which two heartbeats are missing is dead, whatever TCP says; dialled again, it has the rest of
+`deadlines.unreachable` for its next word."""
 _MAX_TEXT = 200
 _LINE_BYTES = 1 << 20
 
@@ -82,6 +83,11 @@ class RunnerPort:
 
 def describe(error: BaseException) -> str:
     """A connection error in one short line."""
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return f"no connection within {CONNECT_SECONDS:g} s"
+    if isinstance(error, aiohttp.SocketTimeoutError):
+        # A stopped process and a broken network look the same here: what was observed has to do.
+        return f"no word on its report stream for {SILENCE_SECONDS:g} s"
     text = str(error)
     return f"{type(error).__name__}: {text}"[:_MAX_TEXT] if text else type(error).__name__
 

@@ -3,9 +3,9 @@
 A failed download fails no runner: its rank stays Idle. Attempt k+1 is due 5 minutes times k after the first failure of
 the epoch, so the times follow from what is recorded and a retry that fails the same way writes nothing.
 
-All ranks use one commit of a hub's repository, wherever its branch moves meanwhile: rank 0 resolves the revision and
-reports it, status keeps it, and the others are told. It stays over restarts; `epoch.begin` forgets it where the user
-asked for something new.
+All ranks use one commit of a hub's repository, of the model as of its adapter, wherever its branch moves meanwhile:
+rank 0 resolves the revision and reports it, status keeps it, and the others are told. It stays over restarts;
+`epoch.begin` forgets it where the user asked for something new.
 """
 
 import re
@@ -13,12 +13,13 @@ from datetime import datetime, timedelta
 
 from mlx_operator_api.conditions import ConditionType, Reason, Retry
 from mlx_operator_api.runner import ENDED, ORDER, RunnerState, TaskName
-from mlx_operator_api.source import SourceKind
+from mlx_operator_api.source import Source, SourceKind
 from mlx_operator_api.status import LastFailure, RunnerStatus, Status
-from mlx_operator_api.tasks import DownloadModel, Sharding, TaskOutcome, TaskPhase
+from mlx_operator_api.tasks import DownloadModel, ModelFacts, Sharding, TaskOutcome, TaskPhase
 
 from .messages import one_line
 from .picture import Clock, Picture, Rank, who
+from .spec import Wanted
 
 RETRY_SECONDS = 300.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -64,16 +65,31 @@ def lasting(record: RunnerStatus) -> LastFailure | None:
 
 
 def commit(picture: Picture, status: Status) -> str | None:
-    """The commit that every rank uses: named by the source, kept by status, or just reported. None: not known yet."""
-    source = picture.wanted.source
-    if source.kind is not SourceKind.HUB:
+    """The commit of the model that every rank uses. None: not known yet, or no hub's."""
+    facts = _resolved(picture, status)
+    kept = status.model.revision if status.model is not None else None
+    return _commit(picture.wanted.source, kept, facts.revision if facts is not None else None)
+
+
+def adapter_commit(picture: Picture, status: Status) -> str | None:
+    """The same of the adapter."""
+    facts = _resolved(picture, status)
+    kept = status.model.adapter.revision if status.model is not None and status.model.adapter is not None else None
+    return _commit(picture.wanted.adapter, kept, facts.adapter_revision if facts is not None else None)
+
+
+def _resolved(picture: Picture, status: Status) -> ModelFacts | None:
+    report = picture.ranks[_RESOLVER].in_epoch(status.epoch)
+    return report.model if report is not None else None
+
+
+def _commit(source: Source | None, kept: str | None, reported: str | None) -> str | None:
+    """Named by the source, kept by status, or just reported."""
+    if source is None or source.kind is not SourceKind.HUB:
         return None
     if source.revision is not None and _COMMIT.fullmatch(source.revision):
         return source.revision
-    if status.model is not None and status.model.revision is not None:
-        return status.model.revision
-    report = picture.ranks[_RESOLVER].in_epoch(status.epoch)
-    return report.model.revision if report is not None and report.model is not None else None
+    return kept or reported
 
 
 def task(picture: Picture, rank: Rank, status: Status) -> DownloadModel | None:
@@ -85,10 +101,16 @@ def task(picture: Picture, rank: Rank, status: Status) -> DownloadModel | None:
             return None
         # As CreateRunner told them: a rank fetches the layers that it will load.
         limits = tuple(status.runner(other.rank).memory_limit_bytes for other in picture.ranks)
-    revision = commit(picture, status)
-    if picture.wanted.source.kind is SourceKind.HUB and revision is None and rank.rank != _RESOLVER:
-        return None
-    return DownloadModel(revision=revision, memory_limits=limits)
+    told = DownloadModel(
+        revision=commit(picture, status), adapter_revision=adapter_commit(picture, status), memory_limits=limits
+    )
+    return told if rank.rank == _RESOLVER or _complete(picture.wanted, told) else None
+
+
+def _complete(wanted: Wanted, told: DownloadModel) -> bool:
+    """Whether nothing is left to resolve."""
+    pairs = ((wanted.source, told.revision), (wanted.adapter, told.adapter_revision))
+    return not any(s is not None and s.kind is SourceKind.HUB and revision is None for s, revision in pairs)
 
 
 def latest_end(picture: Picture, rank: Rank, since: datetime) -> datetime:
@@ -97,7 +119,7 @@ def latest_end(picture: Picture, rank: Rank, since: datetime) -> datetime:
     Attempts follow each other: each has had its deadline and its wait, and so had those of the rank that resolved the
     revision before this one could begin.
     """
-    ranks = {rank.rank, _RESOLVER} if picture.wanted.source.kind is SourceKind.HUB else {rank.rank}
+    ranks = {rank.rank, _RESOLVER} if picture.wanted.from_hub else {rank.rank}
     outcomes = (picture.ranks[number].outcome(TaskName.DOWNLOAD_MODEL) for number in ranks)
     attempts = sum(1 if outcome is None else outcome.attempt for outcome in outcomes)
     waits = timedelta(seconds=RETRY_SECONDS * (attempts - 1))

@@ -5,12 +5,12 @@ from datetime import timedelta
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS
 from mlx_operator_api.runner import ENDED, RunnerState
-from mlx_operator_api.source import SourceKind
-from mlx_operator_api.status import ModelStatus, RunnerStatus, Status
+from mlx_operator_api.status import AdapterStatus, ModelStatus, RunnerStatus, Status
 
 from . import restart, template
 from .failure import pending
 from .picture import Picture, Rank, asleep, assigned
+from .spec import Wanted
 
 SETTLE_SECONDS = 5.0
 """After a failure: how long the other engines have to end before CreateRunner kills them."""
@@ -96,12 +96,20 @@ def _model(picture: Picture, status: Status, why: Reason | None) -> ModelStatus:
     A failure, another pod template or a rolled key must not change what is served.
     """
     wanted, known = picture.wanted, status.model
-    source = wanted.spec.model.source
-    if known is None or known.source != source:
-        return ModelStatus(source=source)
+    fresh = _unresolved(wanted)
+    if known is None or known.source != fresh.source:
+        return fresh
     asked = why is Reason.RESTART_REQUESTED or (why is Reason.RETRY_REQUESTED and known.digest is None)
     asked |= why is Reason.SPEC_CHANGED and wanted.spec_hash != status.spec_hash
-    return ModelStatus(source=source) if asked and wanted.source.kind is SourceKind.HUB else known
+    if asked and wanted.from_hub:
+        return fresh
+    return known if known.sources == fresh.sources else known.model_copy(update={"adapter": fresh.adapter})
+
+
+def _unresolved(wanted: Wanted) -> ModelStatus:
+    """What the spec names, before any runner looked at it."""
+    adapter = wanted.runner.adapter
+    return ModelStatus(source=wanted.runner.source, adapter=AdapterStatus(source=adapter) if adapter else None)
 
 
 def _runners(picture: Picture, status: Status) -> tuple[RunnerStatus, ...]:

@@ -272,6 +272,7 @@ def _silence(rank: Rank, picture: Picture) -> Evidence | None:
         return None
     last = view.received or picture.settings.started
     limit = picture.wanted.deadline("unreachable")
+    limit = limit if view.received else pictures.meeting(limit)
     if last is None or not clock.passed(last + limit):
         return None
     why = f": {view.error}" if view.error else ""

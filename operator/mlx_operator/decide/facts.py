@@ -218,7 +218,7 @@ def _kept(s: Situation, kind: ConditionType, unknown: str) -> Fact:
     """What was known before; only a new source makes it unknown."""
     old = s.picture.stored.condition(kind)
     model, before = s.status.model, s.picture.stored.model
-    if old is None or (before is not None and model is not None and before.source != model.source):
+    if old is None or (before is not None and model is not None and before.sources != model.sources):
         return Fact("Unknown", Reason.UNKNOWN, unknown)
     return Fact(old.status, old.reason, old.message)
 

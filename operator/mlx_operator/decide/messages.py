@@ -58,10 +58,15 @@ def without_who(message: str) -> str:
 MODEL_IMAGE_REMEDY = "correct spec.model.source or imagePullSecrets, or make the registry reachable"
 """What to do about ImagePullFailed when the image is the model's."""
 
+ADAPTER_REMEDY = (
+    "correct spec.model.adapter.source: it must lead to a directory with adapter_config.json and adapters.safetensors"
+)
+"""What to do about ModelNotFound when it is the adapter that was not found."""
+
 
 def split_advice(message: str, reason: Reason, pods: Iterable[str]) -> tuple[str, str]:
     """A message without its next step, and that step."""
-    for advice in (*(remedy(reason, pod) for pod in pods), reason.remedy, MODEL_IMAGE_REMEDY):
+    for advice in (*(remedy(reason, pod) for pod in pods), reason.remedy, MODEL_IMAGE_REMEDY, ADAPTER_REMEDY):
         if advice and message.endswith("; " + advice):
             return message.removesuffix("; " + advice), advice
     return message, reason.remedy

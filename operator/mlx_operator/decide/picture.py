@@ -15,6 +15,8 @@ from .spec import Wanted
 
 FRESH_SECONDS = HEARTBEAT_SECONDS + 2.0
 """Age of the newest report or heartbeat of a supervisor that is surely in touch."""
+MEETING_SECONDS = 15.0
+"""A starting operator dials every supervisor at once: one that it has not heard yet has at least this long."""
 GONE_SECONDS = 30.0
 """How long after its time a pod that is being deleted counts as left behind by its node."""
 
@@ -198,7 +200,12 @@ def _silent(view: RunnerView, deadline: timedelta, settings: Settings, clock: Cl
     """Whether a supervisor is out of touch. One that this process has not met yet gets its deadline first."""
     if view.connected:
         return view.received is not None and clock.now - view.received > deadline
-    return view.report is not None or settings.started is None or clock.passed(settings.started + deadline)
+    return view.report is not None or settings.started is None or clock.passed(settings.started + meeting(deadline))
+
+
+def meeting(deadline: timedelta) -> timedelta:
+    """`deadlines.unreachable` of a supervisor that this process has not met yet."""
+    return max(deadline, timedelta(seconds=MEETING_SECONDS))
 
 
 def _abandoned(pod: PodView, observed: Observed, clock: Clock) -> bool:

@@ -14,7 +14,7 @@ from mlx_operator_api.tasks import PROTOCOL
 
 from . import downloads, messages, refused, service
 from .messages import clauses, evidence_line, listed, one_line, signal_name
-from .picture import Picture, Rank, who
+from .picture import Picture, Rank, meeting, who
 from .pods import PodView
 
 _LASTING = (400, 403, 409, 413, 422)
@@ -249,7 +249,7 @@ def _reached(rank: Rank, picture: Picture, status: Status) -> Problem | None:
     if rank.alive or joined or begun is None:
         return None
     since = max([begun, *([started] if started else []), *([view.received] if view.received else [])])
-    limit = picture.wanted.deadline("unreachable") + timedelta(seconds=OPERATOR_GRACE_SECONDS)
+    limit = meeting(picture.wanted.deadline("unreachable")) + timedelta(seconds=OPERATOR_GRACE_SECONDS)
     if not picture.clock.passed(since + limit):
         return None
     why = f": {view.error}" if view.error else ""
@@ -264,4 +264,6 @@ def _downloaded(rank: Rank, picture: Picture, status: Status) -> Problem | None:
     if noted is None or record.epoch != status.epoch or downloads.available(rank, status.epoch, picture.stored):
         return None
     remedy = messages.remedy(noted.reason, record.pod)
+    if noted.reason is Reason.MODEL_NOT_FOUND and names.ADAPTER_FIELD in noted.message:
+        remedy = messages.ADAPTER_REMEDY
     return Problem(ConditionType.MODEL_AVAILABLE, noted.reason, noted.message, True, rank.rank, remedy)

@@ -4,18 +4,17 @@ from datetime import timedelta
 
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.sizes import human_size
-from mlx_operator_api.source import SourceKind
 from mlx_operator_api.tasks import RunnerReport
 
 QUICK_SECONDS = 60.0
 """What is done within this time is shown in halves only; longer work in steps of 10 %."""
 
 
-def text(report: RunnerReport, age: timedelta, source: SourceKind) -> str | None:
+def text(report: RunnerReport, age: timedelta, *, from_hub: bool) -> str | None:
     """Progress of the present state, or None where there is nothing to show."""
     if report.state is RunnerState.IDLE and report.download_percent is not None and not report.model_available:
         # What is mounted is only read.
-        work = "downloading" if source is SourceKind.HUB else "verifying"
+        work = "downloading" if from_hub else "verifying"
         size = f" of {human_size(report.download_bytes)}" if report.download_bytes else ""
         trouble = f", retrying: {report.download_trouble}" if report.download_trouble else ""
         return f"{work}: {_coarse(report.download_percent, 100, age)} %{size}{trouble}"

@@ -33,7 +33,7 @@ def _entry(picture: Picture, rank: Rank, status: Status) -> RunnerStatus:
     shown = record.progress if same or state in ENDED else None
     if report is not None and record.epoch > 0:
         age = picture.clock.now - since if same else timedelta()
-        shown = progress.text(report, age, picture.wanted.source.kind)
+        shown = progress.text(report, age, from_hub=picture.wanted.from_hub)
     return record.model_copy(
         update={
             "pod": names.pod_name(picture.wanted.name, rank.rank),
@@ -61,10 +61,14 @@ def _state(rank: Rank, status: Status) -> RunnerState:
 
 
 def _model(picture: Picture, status: Status) -> ModelStatus | None:
-    """What the runners found at the source. The commit of a hub's repository stays as it was found first."""
+    """What the runners found at the source. The commits of a hub's repositories stay as they were found first."""
     if status.model is None:
         return None
+    adapter = status.model.adapter
+    if adapter is not None:
+        adapter = adapter.model_copy(update={"revision": downloads.adapter_commit(picture, status)})
     reports = (rank.in_epoch(status.epoch) for rank in picture.ranks)
     whole = next((r.model for r in reports if r is not None and r.model is not None and r.model.digest), None)
     found = {} if whole is None else {"digest": whole.digest, "bytes": whole.bytes or None}
-    return status.model.model_copy(update={"revision": downloads.commit(picture, status), **found})
+    commit = downloads.commit(picture, status)
+    return status.model.model_copy(update={"revision": commit, "adapter": adapter, **found})

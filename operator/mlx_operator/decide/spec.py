@@ -66,6 +66,11 @@ class Wanted:
         return self.spec.world_size
 
     @property
+    def from_hub(self) -> bool:
+        """Whether something is fetched from a hub: the model or its adapter."""
+        return any(s is not None and s.kind is SourceKind.HUB for s in (self.source, self.adapter))
+
+    @property
     def suspended(self) -> bool:
         """`spec.suspend`."""
         return bool(self.spec.suspend)
@@ -139,7 +144,9 @@ def remembered(instance: Manifest, status: Status) -> Wanted | None:
     if status.model is None or status.model.source is None or not status.runners:
         return None
     raw = instance.get("spec") or {}
-    spec: dict[str, Any] = {"model": {"source": status.model.source}, "runners": len(status.runners)}
+    source, adapter = status.model.sources
+    model = {"source": source, "adapter": {"source": adapter} if adapter is not None else None}
+    spec: dict[str, Any] = {"model": model, "runners": len(status.runners)}
     found = parse({**instance, "spec": spec})
     for name in ("suspend", "deadlines", "restartPolicy"):
         if name in raw:
@@ -165,15 +172,9 @@ def _adapter(spec: Spec) -> Source | None:
     if spec.model.adapter is None:
         return None
     try:
-        found = source.parse(spec.model.adapter.source)
+        return source.parse(spec.model.adapter.source)
     except ValueError as error:
         raise ValueError(f"spec.model.adapter.source: {error}") from error
-    if found.kind is SourceKind.HUB:
-        text = spec.model.adapter.source
-        raise ValueError(
-            f"spec.model.adapter.source: {text!r} is no source of an adapter in this release: use pvc:// or oci://"
-        )
-    return found
 
 
 def _set_by_user(given: BaseModel | None, told: BaseModel) -> dict[str, Any]:

@@ -40,13 +40,11 @@ def image(wanted: Wanted, settings: Settings, fixed: str | None, known_hash: str
 def template_hash(wanted: Wanted, image: str, settings: Settings) -> str:
     """Hash of all that a pod is made of, the rank aside; it also tells whether the image was chosen in the spec."""
     runner = wanted.spec.runner or Runner()
-    kind = wanted.source.kind
     inputs: dict[str, Any] = {
         "version": TEMPLATE_VERSION,
         "image": image,
         "runner": runner.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"image"}),
-        # hf:// to hf:// and another path in one claim need no other pod: the runner resolves them.
-        "source": [kind, "" if kind is SourceKind.HUB else wanted.source.name],
+        "source": _mounted(wanted.source),
         "cache": wanted.spec.cache and wanted.spec.cache.model_dump(mode="json", by_alias=True, exclude_none=True),
         "grace": grace_seconds(wanted),
         "key": settings.key_id,
@@ -54,10 +52,15 @@ def template_hash(wanted: Wanted, image: str, settings: Settings) -> str:
     if (secret := _credentials(wanted)) is not None:
         inputs["credentials"] = secret
     if wanted.adapter is not None:
-        inputs["adapter"] = [wanted.adapter.kind, wanted.adapter.name]
+        inputs["adapter"] = _mounted(wanted.adapter)
     if (reference := _api_keys(wanted)) is not None:
         inputs["apiKeys"] = reference.model_dump(mode="json", by_alias=True, exclude_none=True)
     return f"{_CHOSEN if runner.image else _DEFAULT}-{digest(inputs)}"
+
+
+def _mounted(source: Source) -> list[str]:
+    """hf:// to hf:// and another path in one claim need no other pod: the runner resolves them."""
+    return [source.kind, "" if source.kind is SourceKind.HUB else source.name]
 
 
 def _api_keys(wanted: Wanted) -> KeyReference | None:
@@ -246,7 +249,7 @@ def _download(wanted: Wanted) -> list[dict[str, Any]]:
 def _credentials(wanted: Wanted) -> str | None:
     """The Secret with the hub's token; other sources have no use for it."""
     reference = wanted.spec.model.credentials_secret_ref
-    return reference.name if reference is not None and wanted.source.kind is SourceKind.HUB else None
+    return reference.name if reference is not None and wanted.from_hub else None
 
 
 def _downward(name: str, path: str) -> dict[str, Any]:
@@ -262,7 +265,7 @@ def _mounts(wanted: Wanted, rank: int) -> list[dict[str, Any]]:
     ]
     if wanted.source.kind is not SourceKind.HUB:
         mounts.append({"name": "model", "mountPath": names.MODEL_MOUNT, "readOnly": True})
-    if wanted.adapter is not None:
+    if wanted.adapter is not None and wanted.adapter.kind is not SourceKind.HUB:
         mounts.append({"name": "adapter", "mountPath": names.ADAPTER_MOUNT, "readOnly": True})
     if rank == 0 and _api_keys(wanted) is not None:
         mounts.append({"name": "api-keys", "mountPath": names.API_KEY_MOUNT, "readOnly": True})

@@ -49,8 +49,9 @@ def _hard(status: Status) -> tuple[Any, ...]:
     rest = status.model_dump(exclude=soft)
     conditions = [_hard_condition(condition) for condition in status.conditions]
     # The commit is told to the other ranks once it is written: a restarted operator must find it.
-    revision = status.model.revision if status.model is not None else None
-    return rest, revision, conditions, [_hard_runner(record) for record in status.runners]
+    model = status.model
+    revisions = (model.revision, model.adapter) if model is not None else None
+    return rest, revisions, conditions, [_hard_runner(record) for record in status.runners]
 
 
 def _hard_condition(condition: Condition) -> tuple[Any, ...]:

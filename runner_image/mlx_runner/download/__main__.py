@@ -5,14 +5,10 @@ REQUEST is a `request.Request` as JSON. The exit code is 0 whenever a result was
 
 import os
 import sys
-from pathlib import Path
 
-from mlx_operator_api.source import SourceKind
-from mlx_operator_api.tasks import ModelFacts
-
-from . import places, result, verify
-from .report import Progress
+from . import result
 from .request import Request
+from .work import work
 
 
 def main(request: Request) -> int:
@@ -32,21 +28,9 @@ def _say(line: result.Said) -> None:
 
 def _work(request: Request) -> result.Found | result.Refused:
     try:
-        path, facts = _model(request)
+        return work(request, _say)
     except result.ModelError as error:
         return result.Refused(reason=error.reason, message=error.message)
-    return result.Found(facts=facts, path=path)
-
-
-def _model(request: Request) -> tuple[Path, ModelFacts]:
-    source = places.parsed(request.source)
-    if source.kind is SourceKind.HUB:
-        # Only here: what is mounted needs no HTTP client.
-        from . import hub
-
-        return hub.fetch(request, source, _say)
-    path = places.directory(source, request.model_dir)
-    return path, verify.verify(path, places.describe(source), request, Progress(_say))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ _SMALL = ("*.json", "*.jsonl", "*.txt", "*.jinja", "*.model", "*.tiktoken")
 """Configuration, tokenizer and chat template, as mlx-lm and transformers read them."""
 _WEIGHTS = "model*.safetensors"
 """What mlx-lm reads; other *.safetensors (such as `consolidated`) are the same weights a second time."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapters.safetensors"
+"""Of an adapter, as mlx-lm reads it."""
+ADAPTER_PEFT = "adapter_model.safetensors"
+"""What PEFT calls its weights: never fetched, named in messages."""
 _NAME = re.compile(r"(additional_chat_templates/)?[A-Za-z0-9_+,=@-][A-Za-z0-9._+,=@-]*")
 """Of the repository's top folder, and nothing that leads out of it."""
 _OUTER = r"(?:model\.|language_model\.|transformer\.|backbone\.|gpt_neox\.)*"
@@ -34,6 +38,11 @@ def small(name: str) -> bool:
 def weights(name: str) -> bool:
     """A file that may hold tensors of a rank."""
     return "/" not in name and _NAME.fullmatch(name) is not None and fnmatchcase(name, _WEIGHTS)
+
+
+def adapter(name: str) -> bool:
+    """A file of an adapter, or one that tells of another form."""
+    return name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PEFT)
 
 
 def _needed(tensor: str, span: Span, *, tied: bool) -> bool:

@@ -45,6 +45,8 @@ class Place:
     repository: str
     revision: str
     has_token: bool
+    field: str = "spec.model"
+    """Whose `source` it is."""
 
     def __str__(self) -> str:
         return f"hf://{self.repository}@{self.revision}"
@@ -102,7 +104,7 @@ def _answered(error: HfHubHTTPError, place: Place, subject: str) -> Exception:
         return _unauthorized(error, place, subject)
     if isinstance(error, RevisionNotFoundError):
         words = f"{place}: {place.endpoint} has no revision {place.revision!r} of {place.repository}: correct the part "
-        return ModelError(Reason.MODEL_NOT_FOUND, words + "after @ in spec.model.source")
+        return ModelError(Reason.MODEL_NOT_FOUND, words + f"after @ in {place.field}.source")
     if isinstance(error, RemoteEntryNotFoundError):
         return ModelError(Reason.MODEL_NOT_FOUND, f"{place}: {place.endpoint} has no file {subject}")
     if status in (404, 410):

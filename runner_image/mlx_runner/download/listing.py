@@ -56,11 +56,11 @@ class Listing(Lenient):
 class Hub:
     """A hub and one revision of a repository. Endpoint, proxies and token come from the environment, as ever."""
 
-    def __init__(self, repository: str, revision: str | None) -> None:
+    def __init__(self, repository: str, revision: str | None, *, field: str = "spec.model") -> None:
         self.repository = repository
         self.revision = revision or DEFAULT_REVISION
         self.token = os.environ.get(names.HUB_TOKEN_ENV, "").strip()
-        self.place = Place(constants.ENDPOINT, repository, self.revision, bool(self.token))
+        self.place = Place(constants.ENDPOINT, repository, self.revision, bool(self.token), field)
         if self.token and not (self.token.isascii() and self.token.isprintable()):
             words = f"{self.place}: the token of spec.model.credentialsSecretRef has characters that no token has"
             raise ModelError(Reason.MODEL_UNAUTHORIZED, words)
@@ -133,4 +133,4 @@ def load(path: Path, commit: str) -> Listing | None:
 
 
 def _relevant(name: str) -> bool:
-    return choice.small(name) or choice.weights(name)
+    return choice.small(name) or choice.weights(name) or choice.adapter(name)

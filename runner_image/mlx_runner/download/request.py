@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mlx_operator_api import names
 from mlx_operator_api.base import Lenient
 from mlx_operator_api.tasks import Sharding
 
@@ -19,6 +20,12 @@ class Request(Lenient):
     """Hashes of files under `model_dir`, so that each is read once."""
     revision: str | None = None
     """The commit that all ranks use; None: resolve the source's revision."""
+    adapter: str | None = None
+    """`spec.model.adapter.source`."""
+    adapter_dir: Path = Path(names.ADAPTER_MOUNT)
+    """Where its claim or image is mounted."""
+    adapter_revision: str | None = None
+    """As `revision`."""
     rank: int = 0
     world_size: int = 1
     sharding: Sharding = Sharding.PIPELINE

@@ -19,10 +19,11 @@ class Percent(Lenient):
 
 
 class Resolved(Lenient):
-    """The commit that the source's revision stands for; said before anything is fetched."""
+    """The commits that the revisions of model and adapter stand for, of a hub; said before anything is fetched."""
 
     kind: Literal["Resolved"] = "Resolved"
-    revision: str
+    revision: str | None = None
+    adapter_revision: str | None = None
 
 
 class Trouble(Lenient):
@@ -40,6 +41,8 @@ class Found(Lenient):
     facts: ModelFacts
     path: Path
     """The directory that looks like the model; may lack the files of other ranks."""
+    adapter: Path | None = None
+    """The directory of the adapter, where one was asked for."""
 
 
 class Refused(Lenient):

@@ -39,9 +39,7 @@ def verify(directory: Path, place: str, request: Request, progress: Progress) ->
 
 
 def _verify(directory: Path, place: str, request: Request, progress: Progress) -> ModelFacts:
-    if not directory.is_dir():
-        what = "is no directory" if directory.exists() else "does not exist"
-        raise ModelError(Reason.MODEL_NOT_FOUND, f"{directory} ({place}) {what}")
+    check_directory(directory, place)
     found = config(directory, place)
     if not any((directory / name).is_file() for name in TOKENIZERS):
         raise ModelError(
@@ -52,13 +50,24 @@ def _verify(directory: Path, place: str, request: Request, progress: Progress) -
     if not files:
         raise ModelError(Reason.MODEL_NOT_FOUND, f"no {WEIGHTS} in {directory} ({place})")
     check(directory, files)
-    hashed = _check_manifest(directory, _elsewhere(request, expected, found), request.memory, progress)
+    hashed = check_manifest(directory, _elsewhere(request, expected, found), request.memory, progress)
     return ModelFacts(
         digest=_digest(directory, files, hashed),
         bytes=sum((directory / name).stat().st_size for name in files),
         architecture=architecture(found),
         layers=layers(found),
     )
+
+
+def check_directory(directory: Path, place: str) -> None:
+    """The source leads to a directory.
+
+    Raises:
+        ModelError: ModelNotFound.
+    """
+    if not directory.is_dir():
+        what = "is no directory" if directory.exists() else "does not exist"
+        raise ModelError(Reason.MODEL_NOT_FOUND, f"{directory} ({place}) {what}")
 
 
 def _elsewhere(request: Request, expected: dict[str, str], found: dict[str, Any]) -> set[str]:
@@ -146,23 +155,28 @@ def _check_file(path: Path, wanted: set[str]) -> None:
         )
 
 
-def _check_manifest(directory: Path, elsewhere: set[str], memory: Path, progress: Progress) -> dict[str, str]:
-    """Hash what the manifest lists, but for the weights that only other ranks read: they check those."""
+def check_manifest(directory: Path, elsewhere: set[str], memory: Path, progress: Progress) -> dict[str, str]:
+    """Hash what the manifest lists, but for the weights that only other ranks read: they check those.
+
+    Returns name → sha256 as the manifest has it.
+
+    Raises:
+        ModelError: what is missing or has another hash.
+    """
     wanted = manifest(directory)
     _stay_inside(directory, directory / MANIFEST, wanted)
     missing = sorted(name for name in wanted if not (directory / name).is_file())
     if missing:
         raise ModelError(Reason.MODEL_CORRUPT, f"{directory / missing[0]} is missing, {MANIFEST} lists it")
     mine = sorted(set(wanted) - elsewhere)
-    progress.need({name: (directory / name).stat().st_size for name in mine})
+    progress.need({str(directory / name): (directory / name).stat().st_size for name in mine})
     hashes = Hashes(memory)
     for name in mine:
-        actual = hashes.sha256(directory / name, lambda count, name=name: progress.more(name, count))  # type: ignore[misc]
+        path = directory / name
+        actual = hashes.sha256(path, lambda count, path=path: progress.more(str(path), count))  # type: ignore[misc]
         if actual != wanted[name]:
-            raise ModelError(
-                Reason.MODEL_CORRUPT,
-                f"{directory / name} has sha256 {actual[:16]}…, {MANIFEST} says {wanted[name][:16]}…",
-            )
+            words = f"{path} has sha256 {actual[:16]}…, {MANIFEST} says {wanted[name][:16]}…"
+            raise ModelError(Reason.MODEL_CORRUPT, words)
     return wanted
 
 

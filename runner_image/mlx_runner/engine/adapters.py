@@ -4,9 +4,7 @@ On a rank of a pipeline only the layers here are adapted. Fused before a model i
 with it; and a forward pass costs no more than without one.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +15,16 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.layers import Span
-from mlx_runner.download import safetensors
+from mlx_operator_api.names import ADAPTER_FIELD
+from mlx_runner.download import adapter as files
+from mlx_runner.download.adapter import Adapter
+from mlx_runner.download.choice import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from mlx_runner.download.result import ModelError
 
 from .failures import EngineError
 from .pipeline import Absent
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapters.safetensors"
-_PEFT = "adapter_model.safetensors"
 _LEAVES = {"lora_a", "lora_b", "m"}
-_FIELDS = ("rank", "scale", "dropout")
-_TYPES = ("lora", "dora")
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """What a directory holds."""
-
-    path: Path
-    kind: str
-    layers: int
-    """How many of the last layers are adapted."""
-    parameters: dict[str, Any]
 
 
 def inspect(path: Path) -> Adapter:
@@ -47,27 +33,11 @@ def inspect(path: Path) -> Adapter:
     Raises:
         EngineError: there is none, or it is damaged or of another kind.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            peft = f" ({_PEFT} is PEFT's form: convert it to mlx-lm's)" if (path / _PEFT).is_file() else ""
-            raise EngineError(Reason.MODEL_NOT_FOUND, f"the adapter in {path} has no {name}{peft}")
     try:
-        safetensors.tensors(path / WEIGHTS)
-        config = json.loads((path / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise EngineError(Reason.MODEL_CORRUPT, f"the adapter in {path} is damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise EngineError(Reason.MODEL_CORRUPT, f"{CONFIG} of the adapter in {path} holds no JSON object")
-    kind = config.get("fine_tune_type", _TYPES[0])
-    if kind not in _TYPES:
-        message = f"the adapter in {path} has fine_tune_type {kind!r}; supported: {', '.join(_TYPES)}"
-        raise EngineError(Reason.MODEL_UNSUPPORTED, message)
-    layers, parameters = config.get("num_layers"), config.get("lora_parameters")
-    known = isinstance(parameters, dict) and all(isinstance(parameters.get(field), int | float) for field in _FIELDS)
-    if not isinstance(layers, int) or not isinstance(parameters, dict) or not known:
-        needed = f"num_layers and lora_parameters with {', '.join(_FIELDS)}"
-        raise EngineError(Reason.MODEL_CORRUPT, f"{CONFIG} of the adapter in {path} lacks some of {needed}")
-    return Adapter(path, kind, layers, parameters)
+        with files.named():
+            return files.inspect(path)
+    except ModelError as error:
+        raise EngineError(error.reason, error.message) from error
 
 
 def apply(model: Any, layers: list[Any], part: Span, adapter: Adapter) -> None:
@@ -82,8 +52,9 @@ def apply(model: Any, layers: list[Any], part: Span, adapter: Adapter) -> None:
             _Held(model, layers, part), adapter.layers, adapter.parameters, use_dora=adapter.kind == "dora"
         )
     except ValueError as error:
-        raise EngineError(Reason.MODEL_UNSUPPORTED, f"the adapter in {adapter.path}: {error}") from error
-    given: Any = mx.load(str(adapter.path / WEIGHTS))
+        message = f"{ADAPTER_FIELD}: the adapter in {adapter.path}: {error}"
+        raise EngineError(Reason.MODEL_UNSUPPORTED, message) from error
+    given: Any = mx.load(str(adapter.path / ADAPTER_WEIGHTS))
     names = [(name, array) for name, array in tree_flatten(model.parameters())]
     wanted = {name: array for name, array in names if name.rpartition(".")[2] in _LEAVES}
     _compare(adapter, wanted, {n: a for n, a in given.items() if n.rpartition(".")[0] not in elsewhere})
@@ -95,19 +66,20 @@ def apply(model: Any, layers: list[Any], part: Span, adapter: Adapter) -> None:
 def _compare(adapter: Adapter, wanted: dict[str, Any], given: dict[str, Any]) -> None:
     missing = sorted(wanted.keys() - given.keys())
     if missing:
-        message = f"{WEIGHTS} of the adapter in {adapter.path} lacks {len(missing)} tensors, such as {missing[0]}"
+        some = f"{len(missing)} tensors, such as {missing[0]}"
+        message = f"{ADAPTER_FIELD}: {ADAPTER_WEIGHTS} of the adapter in {adapter.path} lacks {some}"
         raise EngineError(Reason.MODEL_CORRUPT, message)
     extra = sorted(given.keys() - wanted.keys())
     if extra:
         message = (
-            f"the adapter in {adapter.path} is for another model or {CONFIG}: {len(extra)} of its tensors have no "
-            f"place, such as {extra[0]}"
+            f"{ADAPTER_FIELD}: the adapter in {adapter.path} is for another model or {ADAPTER_CONFIG}: "
+            f"{len(extra)} of its tensors have no place, such as {extra[0]}"
         )
         raise EngineError(Reason.MODEL_CORRUPT, message)
     for name, parameter in wanted.items():
         if given[name].shape != parameter.shape:
             message = (
-                f"tensor {name} of the adapter in {adapter.path} has shape {given[name].shape}, "
+                f"{ADAPTER_FIELD}: tensor {name} of the adapter in {adapter.path} has shape {given[name].shape}, "
                 f"this model asks for {parameter.shape}"
             )
             raise EngineError(Reason.MODEL_CORRUPT, message)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.tasks import Peer, Sharding
+from mlx_runner import sockets
 from mlx_runner.channel import Connect, WaitingFor
 
 from . import handshake
@@ -26,6 +27,8 @@ _RETRY_SECONDS = 0.1
 _DIAL_SECONDS = 2.0
 _MAX_HANDSHAKES = 64
 """At a time; further connections are closed unanswered."""
+
+_NO_ANSWER = f"neither accepted nor refused within {_DIAL_SECONDS:g} s"
 
 Link = tuple[int, Purpose]
 
@@ -80,6 +83,9 @@ class Former:
         self._missing = inbound(connect) | outbound(connect)
         self._made: dict[Link, socket.socket] = {}
         self._why: dict[int, str] = {}
+        """What became of the last attempt to dial a rank."""
+        self._heard: dict[str, str] = {}
+        """The same of connections from an address."""
         self._answered: set[int] = set()
         self._strangers: list[str] = []
         self._told: tuple[int, ...] = ()
@@ -150,7 +156,18 @@ class Former:
         peer = self._connect.peers[rank]
         if any(link in self._missing for link in outbound(self._connect) if link[0] == rank):
             return f"rank {rank} at {peer.pod_ip}:{peer.port} ({self._why.get(rank, 'no answer')})"
-        return f"rank {rank} at {peer.pod_ip} ({self._why.get(rank, 'it has not dialled')})"
+        return f"rank {rank} at {peer.pod_ip} ({self._arrived(peer.pod_ip)})"
+
+    def _arrived(self, address: str) -> str:
+        """What is seen here of a rank that has to dial: a silent one is told from a way that leads one way only."""
+        if address in self._heard:
+            return self._heard[address]
+        half_open = sockets.half_open(self._connect.peers[self._connect.rank].port)
+        if half_open is None:
+            return "no connection of it was accepted"
+        if address in half_open:
+            return "its connections arrive here, the answers to them do not reach it"
+        return "no connection from there has arrived"
 
     def _waiting_for(self) -> tuple[int, ...]:
         return tuple(sorted({rank for rank, _ in self._missing}))
@@ -189,13 +206,17 @@ class Former:
         listener.close()
 
     def _greet(self, sock: socket.socket, address: str) -> None:
+        began = time.monotonic()
         try:
             with _bounded(sock):
                 hello = handshake.listen(sock, self._connect.token, self._hello("frames"))
         except (handshake.StrangerError, handshake.RefusedError) as error:
+            self._heard[address] = f"its connection was refused: {error}"
             self._forget(sock, f"{address}: {error}")
-        except (EOFError, OSError):
-            sock.close()  # a probe or a port scan
+        except (EOFError, OSError) as error:
+            # A probe or a port scan; or a rank whose words do not come through.
+            self._heard[address] = f"it connected, {_broken(error, began)}"
+            sock.close()
         else:
             self._take((hello.rank, hello.purpose), sock)
         finally:
@@ -221,21 +242,26 @@ class Former:
             self._over.wait(_RETRY_SECONDS)
 
     def _try(self, peer: Peer, purpose: Purpose) -> socket.socket | None:
-        sock: socket.socket | None = None
         try:
             sock = socket.create_connection((peer.pod_ip, peer.port), timeout=_DIAL_SECONDS)
+        except OSError as error:
+            # An answer in a handshake says more than a port that is closed, or closes, before or after it.
+            if peer.rank not in self._answered:
+                silent = isinstance(error, TimeoutError)
+                self._why[peer.rank] = _NO_ANSWER if silent else (error.strerror or str(error)).lower()
+            return None
+        began = time.monotonic()
+        try:
             with _bounded(sock):
                 handshake.dial(sock, self._connect.token, self._hello(purpose))
             return sock
-        except (handshake.StrangerError, handshake.RefusedError, EOFError) as error:
+        except (handshake.StrangerError, handshake.RefusedError) as error:
             self._answered.add(peer.rank)
             self._why[peer.rank] = str(error)
-        except OSError as error:
-            # An answer in a handshake says more than a port that is closed before or after it.
+        except (EOFError, OSError) as error:
             if peer.rank not in self._answered:
-                self._why[peer.rank] = (error.strerror or str(error)).lower()
-        if sock is not None:
-            sock.close()
+                self._why[peer.rank] = f"it accepted a connection, {_broken(error, began)}"
+        sock.close()
         return None
 
     def _take(self, link: Link, sock: socket.socket) -> None:
@@ -267,6 +293,14 @@ class Former:
             else:
                 group.downstream = connection
         return group
+
+
+def _broken(error: Exception, began: float) -> str:
+    """How a handshake that began then ended without an end."""
+    if time.monotonic() - began >= handshake.SECONDS * 0.9:
+        return f"and nothing more came in {handshake.SECONDS:g} s"
+    why = error.strerror if isinstance(error, OSError) else None
+    return f"and the handshake broke off: {(why or str(error)).lower()}"
 
 
 class _bounded(contextlib.AbstractContextManager[None]):  # noqa: N801 (reads as a statement)

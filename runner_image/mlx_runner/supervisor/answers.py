@@ -17,7 +17,8 @@ async def dispatched(broker: Broker, ticket: Ticket) -> None:
     """Wait for a place, or for the next epoch of the group; raises `ApiError` when neither comes."""
     try:
         async with asyncio.timeout(QUEUE_SECONDS):
-            await ticket.dispatched
+            # A client that leaves must not end the future: the broker would take that for a dispatch.
+            await asyncio.shield(ticket.dispatched)
     except TimeoutError as error:
         broker.leave(ticket, Outcome.UNAVAILABLE)
         raise ApiError(503, f"no place for this request within {QUEUE_SECONDS:g} s", code="queue_timeout") from error

@@ -57,16 +57,19 @@ async def download(request: Request, *, seconds: float, tell: Tell) -> result.Fo
         os.close(write_end)
     lines = asyncio.StreamReader(limit=_MAX_LINE)
     pipe = os.fdopen(read_end, "rb", buffering=0)
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), pipe)
-    listener = _Listener(tell)
+    listener, protocol = _Listener(tell), asyncio.StreamReaderProtocol(lines)
+    transport: asyncio.ReadTransport | None = None
     try:
         async with asyncio.timeout(seconds):
+            transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, pipe)
             said = await listener.read(lines)
             code = await child.wait()
     except TimeoutError:
         return listener.late(seconds)
     finally:
-        transport.close()
+        if transport is not None:
+            transport.close()
+        # Whenever we are cancelled, from its start on: one that lived on would keep its locks from the next.
         child.kill()
         await _reaped(child)
     if said is not None:
@@ -115,8 +118,9 @@ class _Listener:
                 case result.Percent():
                     self._progress(decoded)
                 case result.Resolved():
-                    log.info("model revision %s", decoded.revision)
-                    self._tell(model=ModelFacts(revision=decoded.revision))
+                    log.info("model revision %s, adapter revision %s", decoded.revision, decoded.adapter_revision)
+                    known = ModelFacts(revision=decoded.revision, adapter_revision=decoded.adapter_revision)
+                    self._tell(model=known)
                 case result.Trouble():
                     self._note(decoded)
                 case _:

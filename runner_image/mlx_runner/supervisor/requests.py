@@ -325,6 +325,7 @@ class Broker:
         if not ticket.dispatched.done():
             self._done(ticket, Outcome.UNAVAILABLE)
             ticket.dispatched.set_exception(UnavailableError(why))
+            ticket.dispatched.exception()  # of several choices only the first is waited for: not a lost exception
         elif ticket.begun:
             self._end(ticket, Lost(f"{_broken_off(ticket)}; {why}"), Outcome.LOST)
         else:

@@ -13,13 +13,12 @@ from pathlib import Path
 from mlx_operator_api.conditions import Reason, Retry
 from mlx_operator_api.names import ring_port
 from mlx_operator_api.runner import RunnerState, TaskName
-from mlx_operator_api.source import SourceKind, parse
 from mlx_operator_api.status import LastFailure
 from mlx_operator_api.tasks import ConnectToGroup, CreateRunner, Sharding
-from mlx_runner import channel
+from mlx_runner import channel, sockets
 from mlx_runner.progress import Phase
 
-from . import diagnosis, evidence, ring
+from . import diagnosis, evidence
 from .blame import verdict
 from .config import Config
 from .diagnosis import Diagnosis
@@ -62,6 +61,7 @@ class Runner:
         self.engine: EngineProcess | None = None
         self.model_path: Path | None = None
         """Where the model is, once DownloadModel is done: LoadModel is accepted only then."""
+        self.adapter_path: Path | None = None
         self._config = config
         self._machine = machine
         self._broker = broker
@@ -123,7 +123,7 @@ class Runner:
         self.engine.send(
             channel.Load(
                 path=path,
-                adapter=self._adapter(),
+                adapter=str(self.adapter_path) if self.adapter_path is not None else None,
                 served_name=self.facts.served_name,
                 rank=self._config.rank,
                 world_size=self.facts.world_size,
@@ -142,15 +142,6 @@ class Runner:
     def _reserve(engine: EngineProcess, limit: int | None) -> int:
         engine.reserved_bytes = spare_bytes(limit, engine.bare_bytes)
         return engine.reserved_bytes
-
-    def _adapter(self) -> str | None:
-        """Where the adapter is mounted."""
-        source = self.facts.adapter
-        if source is None:
-            return None
-        parsed = parse(source)
-        path = self._config.adapter_dir / parsed.path if parsed.kind is SourceKind.CLAIM else self._config.adapter_dir
-        return str(path)
 
     def warm_up(self) -> None:
         """Run the first forward passes; answered by `WarmedUp`."""
@@ -364,6 +355,6 @@ class Runner:
     async def _watch_ring(self) -> None:
         """The ring closes its listening socket after the first peer, so what was seen once stays true."""
         # Only the kernel's table tells: there is no event to wait for.
-        while not ring.listens(ring_port(self.epoch), self._config.listen_host):  # noqa: ASYNC110
+        while not sockets.listens(ring_port(self.epoch), self._config.listen_host):  # noqa: ASYNC110
             await asyncio.sleep(_RING_POLL_SECONDS)
         self._machine.note(ring_listening=True)

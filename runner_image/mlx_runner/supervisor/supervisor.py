@@ -204,6 +204,9 @@ class Supervisor:
                 cache_dir=self.config.cache_dir,
                 memory=self.config.state_dir / "hashes.json",
                 revision=task.revision,
+                adapter=runner.facts.adapter,
+                adapter_dir=self.config.adapter_dir,
+                adapter_revision=task.adapter_revision,
                 rank=self.config.rank,
                 world_size=runner.facts.world_size,
                 sharding=runner.facts.sharding,
@@ -214,7 +217,7 @@ class Supervisor:
             tell=tell,
         )
         if isinstance(said, result.Found):
-            runner.model_path = said.path
+            runner.model_path, runner.adapter_path = said.path, said.adapter
             self.machine.complete(
                 runner.epoch,
                 TaskName.DOWNLOAD_MODEL,

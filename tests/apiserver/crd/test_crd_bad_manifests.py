@@ -65,9 +65,9 @@ CASES: list[tuple[dict[str, Any], str]] = [
         ),
     ),
     (
-        {"model": {"source": "pvc://m/a", "adapter": {"source": "hf://a/b"}}},
+        {"model": {"source": "pvc://m/a", "adapter": {"source": "hf://adapter"}}},
         text(
-            "spec.model.adapter.source", "hf://a/b", "is no source of an adapter in this release: use pvc:// or oci://"
+            "spec.model.adapter.source", "hf://adapter", "names no repository: write hf://ORG/NAME or hf://ORG/NAME@REV"
         ),
     ),
     (
