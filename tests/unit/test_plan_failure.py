@@ -326,8 +326,9 @@ def test_a_missed_deadline_that_the_supervisor_does_not_end_fails_after_ten_seco
     cluster = Cluster()
     cluster.run(until=lambda: "tiny-1" in cluster.pods and stuck(cluster, state))
     cluster.wait(6)
-    cluster.hear_all()
-    cluster.reconcile()
+    for _ in range(2):  # the first may still send a task that leads on, so that its step need not be written
+        cluster.hear_all()
+        cluster.reconcile()
     cluster.wait(seconds - 7)
     cluster.hear_all()
     cluster.reconcile()
