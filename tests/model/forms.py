@@ -58,12 +58,12 @@ class Forms:
         """The one of the mirror images that stands for all, and which rank of the given state each of its ranks was."""
         best, chosen = state, tuple(range(self._size))
         for order in self._orders:
-            image = self._image(state, order)
+            image = self.image(state, order)
             if (image.places, image.status) < (best.places, best.status):
                 best, chosen = image, order
         return best, chosen
 
-    def _image(self, state: State, order: tuple[int, ...]) -> State:
+    def image(self, state: State, order: tuple[int, ...]) -> State:
         """Rank i of the image is rank order[i] of the state."""
         new = tuple(order.index(rank) for rank in range(self._size))
         key = (state.status, new)

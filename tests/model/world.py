@@ -62,7 +62,7 @@ class World:
         self._kinds = kinds
         self._sights: dict[int, Sight] = {}
         self._forms = Forms(self.tables, self._places, size)
-        self.canonical = self._forms.canonical
+        self.canonical, self.image = self._forms.canonical, self._forms.image
 
     def start(self) -> State:
         """A ModelInstance that was just created."""
