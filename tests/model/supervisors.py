@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_operator_api.conditions import Reason
-from mlx_operator_api.runner import ENDED, RunnerState, TaskName
+from mlx_operator_api.runner import ENDED, SERVING, RunnerState, TaskName
 from mlx_operator_api.status import LastFailure
 from mlx_operator_api.tasks import (
     ConnectToGroup,
@@ -109,11 +109,15 @@ class Supervisors:
         return process._replace(report=made[0])
 
     def told_to_stop(self, process: Process) -> Process:
-        """SIGTERM: first it is told, then the engine is shut down."""
-        if not self._reports[process.report].draining:
-            return process._replace(report=self._step(("drain", process.report), lambda machine: machine.drain())[0])
-        made = self._step(("stop", process.report), lambda machine: machine.shut_down(machine.epoch))
-        return process._replace(report=made[0])
+        """SIGTERM: while it serves, requests may finish before its engine is shut down."""
+
+        def step(machine: Machine) -> None:
+            serves = machine.state in SERVING and not machine.report.draining
+            machine.drain()
+            if not serves:
+                machine.shut_down(machine.epoch)
+
+        return process._replace(report=self._step(("stop", process.report), step)[0])
 
     def ended(self, process: Process) -> Process:
         """The engine is gone after a shutdown."""
