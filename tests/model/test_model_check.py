@@ -9,13 +9,14 @@ from . import liveness, normal
 from .explore import Graph, explore
 from .planner import Age, Decision
 from .state import State
-from .world import World
+from .world import KINDS, World
 
 CAUSES = {
     Reason.ENGINE_CRASHED, Reason.CONTAINER_CRASHED, Reason.POD_DELETED, Reason.EVICTED, Reason.NODE_LOST,
     Reason.RUNNER_UNREACHABLE, Reason.INSUFFICIENT_MEMORY,
 }  # fmt: skip
 """What one fault is recorded as."""
+ENDINGS = ("container", "delete")
 LIMIT = 600
 """States that a form is tried on."""
 BUDGETS = [pytest.param(1, id="a restart is left"), pytest.param(0, id="no restart is left")]
@@ -48,8 +49,16 @@ def test_one_rank_and_one_fault_keep_every_promise(budget: int, capsys: pytest.C
 @pytest.mark.timeout(900)
 def test_two_ranks_and_one_fault_keep_every_promise(capsys: pytest.CaptureFixture[str]) -> None:
     """And from everywhere a good state is reached: Ready in truth, or Stalled with a reason."""
-    graph = checked(World(size=2, faults=1, budget=1), capsys)
-    assert _causes(graph) >= CAUSES
+    kinds = [kind for kind in KINDS if kind not in ENDINGS]
+    graph = checked(World(size=2, faults=1, budget=1, kinds=kinds), capsys)
+    assert _causes(graph) >= CAUSES - {Reason.CONTAINER_CRASHED, Reason.POD_DELETED}
+
+
+@pytest.mark.timeout(900)
+def test_two_ranks_and_the_end_of_a_container_or_a_pod_keep_every_promise(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a prompt watch of pods: a late one makes this as big as all the rest."""
+    graph = checked(World(size=2, faults=1, budget=1, kinds=ENDINGS, late_watch=False), capsys)
+    assert _causes(graph) >= {Reason.CONTAINER_CRASHED, Reason.POD_DELETED}
     assert _states(graph) == set(RunnerState) - {RunnerState.RUNNING}
 
 
