@@ -61,7 +61,7 @@ def test_a_planner_that_forgets_the_failures_of_before_is_found() -> None:
             return made
         return replace(made, status=made.status.model_copy(update={"history": ()}))
 
-    assert "a recorded failure is lost" in found(World(planner=forgetful, kinds=["engine"])).promise
+    assert "a recorded failure is lost" in found(World(size=1, planner=forgetful, kinds=["engine"])).promise
 
 
 def test_a_planner_that_puts_a_consequence_in_the_place_of_the_cause_is_found() -> None:
@@ -127,7 +127,7 @@ def test_a_planner_that_does_not_ask_to_be_made_again_is_found() -> None:
     def sleepy(observed: Observed, now: datetime) -> Plan:
         return replace(plan(observed, now), requeue_at=None)
 
-    violation = found(World(planner=sleepy, kinds=["engine"]))
+    violation = found(World(size=1, faults=2, budget=2, planner=sleepy, kinds=["engine"]))
     assert violation.promise == liveness.RESTS
 
 
