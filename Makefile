@@ -45,7 +45,7 @@ format: setup ## ruff format and safe fixes
 test-unit: setup-cluster ## Planner, transition table, chart, everything pure; generated files are current
 	@$(PY) -m tests.cluster.binaries helm >/dev/null
 	$(PYTEST) tests/unit tests/cluster/tests -q
-test-model: setup ## Every state of one and two ranks and one fault: plan() and the state machine, exhaustively
+test-model: setup ## Model check: every state of plan(), the state machine and a cluster with one fault
 	$(PYTEST) tests/model -q
 test-runner: setup ## Real MLX on loopback, no cluster
 	$(PYTEST) tests/runner -q

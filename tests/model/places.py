@@ -36,9 +36,8 @@ class Kind(NamedTuple):
 class Places:
     """Steps of places, each worked out once."""
 
-    def __init__(self, tables: Tables, supervisors: Supervisors, *, late_watch: bool) -> None:
+    def __init__(self, tables: Tables, supervisors: Supervisors) -> None:
         self._tables = tables
-        self._late_watch = late_watch
         self._supervisors = supervisors
         self._steps: dict[tuple[int, Kind], tuple[Step, ...]] = {}
         self._faults: dict[tuple[int, Kind], tuple[Step, ...]] = {}
@@ -209,8 +208,6 @@ class Places:
         if pod is not None:
             ready = kind.first and process is not None and self._tables.reports[process.report].state in SERVING
             pod = pod._replace(ready=ready and not place.isolated)
-        if not self._late_watch:
-            place = place._replace(seen=pod)
         if view is not None and (place.seen is None or place.seen.uid != view.uid):
             view = None
         if kind.calm:

@@ -48,18 +48,13 @@ def test_one_rank_and_one_fault_keep_every_promise(budget: int, capsys: pytest.C
 
 @pytest.mark.timeout(900)
 def test_two_ranks_and_one_fault_keep_every_promise(capsys: pytest.CaptureFixture[str]) -> None:
-    """And from everywhere a good state is reached: Ready in truth, or Stalled with a reason."""
+    """And from everywhere a good state is reached: Ready in truth, or Stalled with a reason.
+
+    The endings of containers and pods have more states than all the rest together: `make model-check` has the time.
+    """
     kinds = [kind for kind in KINDS if kind not in ENDINGS]
     graph = checked(World(size=2, faults=1, budget=1, kinds=kinds), capsys)
     assert _causes(graph) >= CAUSES - {Reason.CONTAINER_CRASHED, Reason.POD_DELETED}
-
-
-@pytest.mark.timeout(900)
-def test_two_ranks_and_the_end_of_a_container_or_a_pod_keep_every_promise(capsys: pytest.CaptureFixture[str]) -> None:
-    """With a prompt watch of pods: a late one makes this as big as all the rest."""
-    graph = checked(World(size=2, faults=1, budget=1, kinds=ENDINGS, late_watch=False), capsys)
-    assert _causes(graph) >= {Reason.CONTAINER_CRASHED, Reason.POD_DELETED}
-    assert _states(graph) == set(RunnerState) - {RunnerState.RUNNING}
 
 
 def _causes(graph: Graph) -> set[Reason]:

@@ -52,13 +52,12 @@ class World:
         supervisors: type[Supervisors] = Supervisors,
         acts_first: bool = False,
         kinds: Collection[str] = KINDS,
-        late_watch: bool = True,
     ) -> None:
         self.size, self.faults, self.budget = size, faults, budget
         self.tables = Tables()
         self.operator = Operator(self.tables, size, budget, planner)
         self.supervisors = supervisors(self.tables, size)
-        self._places = Places(self.tables, self.supervisors, late_watch=late_watch)
+        self._places = Places(self.tables, self.supervisors)
         self._acts_first = acts_first
         self._kinds = kinds
         self._sights: dict[int, Sight] = {}
