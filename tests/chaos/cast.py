@@ -72,9 +72,10 @@ class Cast:
         return next((c for c in self.place.kubelet.containers.values() if c.name == pod), None)
 
     def _remember(self, pod: str) -> None:
-        epochs = [epoch for task, epoch in self.staged.accepted(pod) if task == "CreateRunner"]
+        # The last one: the log goes on when an instance is deleted and made again, whose epochs begin anew.
+        epochs = [epoch for task, epoch in self.staged.took_up(pod) if task == "CreateRunner"]
         if epochs:
-            self.killed.add((pod.rpartition("-")[0], max(epochs)))
+            self.killed.add((pod.rpartition("-")[0], epochs[-1]))
 
     async def create(self) -> None:
         """Bring every instance into being that is not there, and resume what is suspended."""
