@@ -72,9 +72,10 @@ class Cast:
         return next((c for c in self.place.kubelet.containers.values() if c.name == pod), None)
 
     def _remember(self, pod: str) -> None:
-        epochs = [epoch for task, epoch in self.staged.accepted(pod) if task == "CreateRunner"]
+        # The last one: the log goes on when an instance is deleted and made again, whose epochs begin anew.
+        epochs = [epoch for task, epoch in self.staged.took_up(pod) if task == "CreateRunner"]
         if epochs:
-            self.killed.add((pod.rpartition("-")[0], max(epochs)))
+            self.killed.add((pod.rpartition("-")[0], epochs[-1]))
 
     async def create(self) -> None:
         """Bring every instance into being that is not there, and resume what is suspended."""
@@ -100,12 +101,11 @@ class Cast:
         """Wait until all is as it should be; returns how long that took. Nothing may be in trouble any more."""
         began = asyncio.get_running_loop().time()
         await self.create()
-        for name in self.instances:
-            ready = await self.place.until(is_ready, f"{name} is Ready", name=name, seconds=CONVERGED_SECONDS)
-            self._recorded(ready)
+        await self._ready()
         took = asyncio.get_running_loop().time() - began
         await eventually(self._tidy, "pods and Services are those of the specs", 60)
         await self.staged.idle()
+        await self._ready()  # also those that were not known to be changed or killed when they were looked at first
         self.staged.check(self.operators)
         for proxy in self.proxies:
             assert proxy.busiest(self.staged.began, 2.0) <= BUSIEST, f"{proxy.name}: too many requests"
@@ -113,12 +113,19 @@ class Cast:
         self.killed.clear()
         return took
 
-    def _recorded(self, ready: Manifest) -> None:
-        name, status = ready["metadata"]["name"], ready["status"]
-        known = {failure["epoch"] for failure in status.get("history", ())}
-        for instance, epoch in sorted(self.killed):
-            if instance == name and name not in self.changed:
-                assert status["epoch"] > epoch, f"{name}: the engine of epoch {epoch} was killed: {status}"
+    async def _ready(self) -> None:
+        for name in self.instances:
+            killed = {epoch for instance, epoch in self.killed if instance == name and name not in self.changed}
+
+            def again(instance: Manifest, after: int = max(killed, default=0)) -> bool:
+                # Ready of an earlier epoch was written before the failure could be.
+                return is_ready(instance) and instance["status"]["epoch"] > after
+
+            what = f"{name} is Ready after the epochs {sorted(killed)}, whose engines were killed"
+            ready = await self.place.until(again, what, name=name, seconds=CONVERGED_SECONDS)
+            known = {failure["epoch"] for failure in ready["status"].get("history", ())}
+            for epoch in killed:
+                status = ready["status"]
                 kept = status["epoch"] - epoch <= _HISTORY
                 assert epoch in known or not kept, f"{name}: the failure of epoch {epoch} is not in history: {status}"
 

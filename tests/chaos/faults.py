@@ -97,6 +97,7 @@ async def _down(stage: Stage) -> AsyncIterator[None]:
         yield
     finally:
         await asyncio.to_thread(server.start_apiserver)
+        await asyncio.to_thread(server.restart_controllers)
 
 
 @asynccontextmanager

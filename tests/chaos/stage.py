@@ -16,7 +16,7 @@ from tests.cluster.apiserver import ApiServer
 from tests.cluster.audit import Request
 from tests.cluster.deploy import RELEASE
 
-_ACCEPTED = re.compile(r"(\w+) accepted: .* rank=(\d+) epoch=(\d+) ")
+_ACCEPTED = re.compile(r"(\w+) accepted: .* rank=\d+ epoch=(\d+) ")
 _LOOK_SECONDS = 0.05
 BUSIEST = 100
 """Requests in any 2 s of one operator with a handful of instances: a loop without a back-off sends hundreds."""
@@ -76,10 +76,14 @@ class Stage:
         await delete(self.place, PODS, name)
 
     # -- what must hold
-    def accepted(self, pod: str) -> Counter[tuple[str, int]]:
-        """How often the supervisors under a pod's name took up (task, epoch), by their own logs."""
+    def took_up(self, pod: str) -> list[tuple[str, int]]:
+        """What the supervisors under a pod's name took up, as (task, epoch), by their own logs."""
         text = (self.place.folder / f"{pod}.log").read_text(errors="replace")
-        return Counter((task, int(epoch)) for task, _, epoch in _ACCEPTED.findall(text))
+        return [(task, int(epoch)) for task, epoch in _ACCEPTED.findall(text)]
+
+    def accepted(self, pod: str) -> Counter[tuple[str, int]]:
+        """How often that was."""
+        return Counter(self.took_up(pod))
 
     def created(self, resource: str) -> int:
         """How many objects of a kind this stage's operators made."""

@@ -114,6 +114,7 @@ def _outage(cast: Cast, chance: random.Random, outages: tuple[float, ...]) -> St
             await asyncio.to_thread(cast.place.server.stop_apiserver)
             await asyncio.sleep(seconds)
             await asyncio.to_thread(cast.place.server.start_apiserver)
+            await asyncio.to_thread(cast.place.server.restart_controllers)
 
     return Step(f"API server away for {seconds:g} s{', history compacted' if compacted else ''}", do)
 

@@ -1,6 +1,8 @@
 """Every fault of the API server that the table has: nothing is lost, nothing is doubled, nobody spins."""
 
+import asyncio
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from tests.chaos.drill import Outcome, drill
 from tests.chaos.faults import FAULTS, ApiFault
 from tests.chaos.pool import Outcomes, chosen, side_by_side
+from tests.chaos.rules import Cut, Rule
+from tests.chaos.stage import stage
 from tests.cluster.apiserver import ApiServer
 
 SIDE_BY_SIDE = [row for row in FAULTS if row.at_once]
@@ -35,3 +39,18 @@ async def test_an_operator_gets_over_an_api_server_that_goes(
     api_server: ApiServer, tmp_path_factory: pytest.TempPathFactory, row: ApiFault
 ) -> None:
     print(await drill(api_server, tmp_path_factory.mktemp(row.id), row))
+
+
+async def test_a_discovery_that_breaks_off_ends_the_operator_with_a_word_and_its_successor_serves(
+    api_server: ApiServer, tmp_path: Path
+) -> None:
+    async with stage(api_server, "discovery", tmp_path) as staged:
+        flags = staged.through(staged.proxy)
+        async with staged.proxy.trouble(Rule(lambda call: call.path == "/api/v1", Cut())):
+            operator = await staged.place.operator(*flags, ready=False)
+            assert await asyncio.wait_for(operator.process.wait(), 60) == 1, operator.lines()
+        assert "the watches ended, exiting" in operator.lines().strip().splitlines()[-1]
+        await staged.place.operator(*flags)
+        await staged.place.create(runners=1)
+        await staged.place.until_ready()
+        staged.check([operator])

@@ -127,11 +127,7 @@ class ApiServer:
         configs.write_json(self.folder / "audit-policy.json", configs.audit_policy())
         self._start_servers(binaries)
         if self._controllers:
-            kubeconfig = self.user_kubeconfig(
-                self.folder / "controller-manager.kubeconfig", "system:kube-controller-manager"
-            )
-            manager = self._programs(binaries).controller_manager(kubeconfig, controllers=CONTROLLERS, port=0)
-            self._ensure("controller-manager", manager)
+            self._start_controllers()
 
     def stop(self) -> None:
         """Stop everything and remove the folder."""
@@ -156,6 +152,11 @@ class ApiServer:
         """Start the API server again, on the same port and data, and wait until it is ready."""
         self._ensure("apiserver", self._programs(self.binaries).apiserver())
         self._wait_ready()
+
+    def restart_controllers(self) -> None:
+        """Start the controllers anew: after a long outage they look again only when their back-off is over."""
+        self._stop("controller-manager", grace=0)
+        self._start_controllers()
 
     def api(self) -> KubeApi:
         """Return an administrator's connection."""
@@ -200,6 +201,13 @@ class ApiServer:
             audit_log=self.audit_log,
             has_nodes=False,
         )
+
+    def _start_controllers(self) -> None:
+        kubeconfig = self.user_kubeconfig(
+            self.folder / "controller-manager.kubeconfig", "system:kube-controller-manager"
+        )
+        manager = self._programs(self.binaries).controller_manager(kubeconfig, controllers=CONTROLLERS, port=0)
+        self._ensure("controller-manager", manager)
 
     def _start_servers(self, binaries: Path) -> None:
         """Start etcd and the API server; between choosing a port and using it, somebody else may take it."""
