@@ -13,6 +13,8 @@ CONNECT_SECONDS = 2.0
 TASK_SECONDS = 10.0
 SILENCE_SECONDS = 2.5 * HEARTBEAT_SECONDS
 """A report stream that is silent for so long is dead, whatever TCP says."""
+_KEEP_SECONDS = 2.0
+"""How long a task's connection waits for the next task: longer, and there would be a second one for each runner."""
 _MAX_TEXT = 200
 _LINE_BYTES = 1 << 20
 
@@ -31,7 +33,9 @@ class RunnerPort:
     def __init__(self) -> None:
         # No proxies from the environment: pods are reached directly or not at all. Streams hold one connection each.
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), trust_env=False, read_bufsize=_LINE_BYTES
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_SECONDS),
+            trust_env=False,
+            read_bufsize=_LINE_BYTES,
         )
 
     async def close(self) -> None:
