@@ -14,6 +14,8 @@ TASK_SECONDS = 10.0
 SILENCE_SECONDS = 2.25 * HEARTBEAT_SECONDS
 """A report stream on which two heartbeats are missing is dead, whatever TCP says; dialled again, it has the rest of
 `deadlines.unreachable` for its next word."""
+_KEEP_SECONDS = 2.0
+"""How long a task's connection waits for the next task: longer, and there would be a second one for each runner."""
 _MAX_TEXT = 200
 _LINE_BYTES = 1 << 20
 
@@ -32,7 +34,9 @@ class RunnerPort:
     def __init__(self) -> None:
         # No proxies from the environment: pods are reached directly or not at all. Streams hold one connection each.
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), trust_env=False, read_bufsize=_LINE_BYTES
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_SECONDS),
+            trust_env=False,
+            read_bufsize=_LINE_BYTES,
         )
 
     async def close(self) -> None:
