@@ -146,8 +146,8 @@ TABLE: dict[str, Row] = {
     "spec.model.credentialsSecretRef": Row(base=_HUB),
     "spec.model.credentialsSecretRef.name": Row(valid=_NAME.valid, bad=_NAME.bad, base=_HUB),
     "spec.model.adapter.source": Row(
-        valid=("pvc://models", "oci://registry.example/adapter:1"),
-        bad=(*_NOT_SOURCES, "hf://org/adapter"),
+        valid=("pvc://models", "oci://registry.example/adapter:1", "hf://org/adapter@main"),
+        bad=_NOT_SOURCES,
         letters=lambda length: "pvc://m/".ljust(length, "a"),
     ),
     "spec.model.servedName": Row(valid=("org/name:tag@rev+x", "0"), bad=("my model", "-a", "é", "")),
