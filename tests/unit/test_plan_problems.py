@@ -10,7 +10,7 @@ from mlx_operator_api import names
 from mlx_operator_api.base import format_time
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState, TaskName
-from tests.unit.scenes import condition
+from tests.unit.scenes import condition, ready
 from tests.unit.simulator import START, Cluster
 
 WORDS = 'failed to pull and unpack image "runner:1": failed to resolve reference: connection refused'
@@ -292,6 +292,29 @@ def test_a_failed_download_stalls_costs_nothing_and_is_tried_again_every_five_mi
     cluster.run(400)
     assert cluster.ready()
     assert cluster.status.epoch == 1
+
+
+def test_a_download_that_failed_shows_no_progress_and_when_it_is_tried_again() -> None:
+    cluster = Cluster()
+    cluster.run(until=lambda: len([p for p in cluster.pods.values() if p.supervisor]) == 2)
+    cluster.supervisor(0).publish(download_percent=40)
+    cluster.supervisor(0).download_fails = Reason.MODEL_UNREACHABLE
+    cluster.run(30)
+    assert cluster.status.runners[0].progress is None
+    assert "; tried again every 5 minutes; " in condition(cluster, ConditionType.MODEL_AVAILABLE).message
+
+
+def test_a_failure_that_stalls_is_named_once() -> None:
+    cluster = ready(restartPolicy={"backoff": {"initial": "1h"}})
+    cluster.kill_engine(0)
+    cluster.run(20)
+    cluster.pods["tiny-1"].partitioned = True
+    cluster.lose_stream("tiny-1")
+    cluster.wait(30)
+    cluster.hear_all()
+    cluster.reconcile()
+    assert condition(cluster, ConditionType.STALLED).reason is Reason.RUNNER_UNREACHABLE
+    assert cluster.status.brief[0] == "Stalled: RunnerUnreachable on rank 1"
 
 
 def test_a_corrupt_model_is_not_tried_again_before_somebody_asks() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.runner import RunnerState
+from mlx_operator_api.status import GroupFailure
 from tests.unit.scenes import failures, see
 from tests.unit.simulator import Cluster
 
@@ -38,6 +39,15 @@ def silent(cluster: Cluster, rank: int) -> None:
     cluster.wait(16)
 
 
+def see_at_last(cluster: Cluster) -> GroupFailure:
+    """The accused had its time to speak."""
+    cluster.hear_all()
+    cluster.reconcile()
+    assert not cluster.status.history
+    cluster.wait(2.5)
+    return see(cluster)
+
+
 @pytest.mark.parametrize("accuse", [by_report, by_message])
 @pytest.mark.parametrize(
     ("word", "reason"),
@@ -56,7 +66,7 @@ def test_the_rank_that_is_waited_for_is_the_cause_where_it_has_a_reason_of_its_o
     cluster = connecting()
     accuse(cluster, 0, 1)
     if late:
-        failure = see(cluster)
+        failure = see_at_last(cluster)
         assert (failure.rank, failure.reason) == (0, Reason.CONNECT_TIMEOUT)
     word(cluster, 1)
     failure = see(cluster)
@@ -70,9 +80,10 @@ def test_a_silent_rank_that_nobody_waits_for_does_not_replace_a_connect_timeout(
     cluster = connecting()
     by_report(cluster, 0, 1)
     if late:
-        see(cluster)
+        see_at_last(cluster)
     silent(cluster, 2)
-    assert (see(cluster).rank, see(cluster).reason) == (0, Reason.CONNECT_TIMEOUT)
+    failure = see(cluster) if late else see_at_last(cluster)
+    assert (failure.rank, failure.reason) == (0, Reason.CONNECT_TIMEOUT)
 
 
 def test_ranks_that_wait_for_each_other_accuse_nobody_else_and_the_first_is_told() -> None:
@@ -80,4 +91,17 @@ def test_ranks_that_wait_for_each_other_accuse_nobody_else_and_the_first_is_told
     by_report(cluster, 0, 1)
     cluster.now = cluster.now.replace(microsecond=0)
     by_report(cluster, 1, 0)
-    assert see(cluster).reason is Reason.CONNECT_TIMEOUT
+    assert see_at_last(cluster).reason is Reason.CONNECT_TIMEOUT
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["together", "later"])
+def test_a_rank_that_is_waited_for_and_waits_for_nobody_is_the_cause(late: bool) -> None:
+    cluster = connecting()
+    by_report(cluster, 0, 1)
+    by_report(cluster, 2, 1)
+    if late:
+        assert see_at_last(cluster).rank == 0
+    cluster.supervisor(1).fail(Reason.CONNECT_TIMEOUT, "not connected within 40 s: the engine named no rank")
+    failure = see(cluster)
+    assert (failure.rank, failure.reason, len(cluster.status.history)) == (1, Reason.CONNECT_TIMEOUT, 1)
+    assert late or failure.consequences == (0, 2)

@@ -288,10 +288,10 @@ EXPECTED: dict[Callable[[], Cluster], str] = {
     """,
     model_not_found: """
         Stalled: ModelNotFound
-        why: rank 0/2 pod tiny-0 on node n1: DownloadModel failed: no config.json at /models/source; the same on 2 ranks
+        why: rank 0/2 pod tiny-0 on node n1: DownloadModel failed: no config.json at /models/source; tried again every 5 minutes; the same on 2 ranks
         rank 0/2 tiny-0 on n1: RunnerIdle, last failure ModelNotFound in epoch 1
         rank 1/2 tiny-1 on n2: RunnerIdle, last failure ModelNotFound in epoch 1
-        do: correct spec.model.source: it must lead to a directory with config.json and safetensors files
+        do: correct spec.model.source: it must lead to a repository or directory with config.json and safetensors files
     """,
     downloading: """
         Not ready: 0/2 runners have the model's files; waiting for rank 0 on node n1 (downloading: 40 % of 1.2 GB) and 1 other
@@ -300,10 +300,10 @@ EXPECTED: dict[Callable[[], Cluster], str] = {
     """,
     token_refused: """
         Stalled: ModelUnauthorized
-        why: rank 0/2 pod tiny-0 on node n1: DownloadModel failed: hf://org/gated@main: org/gated is gated (HTTP 403 for org/gated)
+        why: rank 0/2 pod tiny-0 on node n1: DownloadModel failed: hf://org/gated@main: org/gated is gated (HTTP 403 for org/gated); tried again every 5 minutes
         rank 0/2 tiny-0 on n1: RunnerIdle, last failure ModelUnauthorized in epoch 1
         rank 1/2 tiny-1 on n2: RunnerIdle
-        do: correct spec.model.credentialsSecretRef; a pod reads the Secret when it starts: kubectl delete pod tiny-0
+        do: correct spec.model.credentialsSecretRef or its Secret, read when a pod starts: kubectl delete pod tiny-0
     """,
     spec_not_valid: """
         Stalled: InvalidSpec

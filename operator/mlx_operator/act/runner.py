@@ -1,5 +1,6 @@
 """The port to the runners' supervisors: tasks out, reports in."""
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -92,15 +93,21 @@ def describe(error: BaseException) -> str:
     if isinstance(error, aiohttp.SocketTimeoutError):
         # A stopped process and a broken network look the same here: what was observed has to do.
         return f"no word on its report stream for {SILENCE_SECONDS:g} s"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        number = error.os_error.errno or 0
+        why = os.strerror(number) if number > 0 else str(error.os_error)
+        return f"cannot connect to {error.host}:{error.port}: {why}"[:_MAX_TEXT]
     text = str(error)
     return f"{type(error).__name__}: {text}"[:_MAX_TEXT] if text else type(error).__name__
 
 
 def first_error(error: ValidationError) -> str:
     """Field and words of the first of pydantic's errors."""
-    first = error.errors(include_url=False, include_input=False)[0]
+    first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "body"
-    return f"{where}: {first['msg']}"[:_MAX_TEXT]
+    # The words that would have been right are a long list, and of this release.
+    words = f"{first['input']!r} is no word of this release" if first["type"] == "enum" else first["msg"]
+    return f"{where}: {words}"[:_MAX_TEXT]
 
 
 def _http(status: int, data: bytes) -> str:

@@ -42,8 +42,7 @@ def _headline(status: Status, ready: Condition) -> str:
         return f"Ready: {ready.message}"
     if ready.reason is Reason.SUSPENDED:
         return f"Suspended: {ready.message}"
-    stalled = status.condition(ConditionType.STALLED)
-    if stalled is not None and stalled.status == "True":
+    if _stalled(status):
         return f"Stalled: {ready.reason}{_after(status, ready)}"
     reconciling = status.condition(ConditionType.RECONCILING)
     words = reconciling.message if reconciling is not None else ready.reason
@@ -66,9 +65,14 @@ def _after(status: Status, ready: Condition) -> str:
     if not _failing(status) or not status.history:
         return ""
     last = status.history[0]
-    if last.reason is ready.reason and status.next_restart_at is None:
+    if last.reason is ready.reason and (status.next_restart_at is None or _stalled(status)):
         return f" on rank {last.rank}"
     return f" after {last.reason} on rank {last.rank}"
+
+
+def _stalled(status: Status) -> bool:
+    stalled = status.condition(ConditionType.STALLED)
+    return stalled is not None and stalled.status == "True"
 
 
 def _tells_why(status: Status, ready: Condition) -> bool:

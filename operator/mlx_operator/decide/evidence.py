@@ -56,7 +56,8 @@ class Evidence:
     accused: int | None = None
     """The rank that a PeerLost or a ConnectTimeout names."""
     tentative: bool = False
-    """News that is due may explain it: the deletion of a pod may be watched after its SIGTERM was reported."""
+    """News that is due may explain it: the deletion of a pod may be watched after its SIGTERM was reported, and a rank
+    that is waited for has a word of its own a moment later."""
 
     @property
     def strength(self) -> int:
@@ -80,8 +81,12 @@ def nearest(found: Sequence[Evidence]) -> Evidence:
     if best.reason is not Reason.CONNECT_TIMEOUT:
         return best
     accused = {e.accused for e in found if e.reason is Reason.CONNECT_TIMEOUT}
-    own = [e for e in found if e.rank in accused and e.strength == best.strength and e.reason is not best.reason]
+    own = [e for e in found if e.rank in accused and e.strength == best.strength and _waits_for_nobody(e)]
     return min(own, key=lambda e: (e.time, e.rank), default=best)
+
+
+def _waits_for_nobody(found: Evidence) -> bool:
+    return found.reason is not Reason.CONNECT_TIMEOUT or found.accused is None
 
 
 def better(new: Evidence, old_reason: Reason, old_rank: int | None, found: Sequence[Evidence] = ()) -> bool:
@@ -90,7 +95,7 @@ def better(new: Evidence, old_reason: Reason, old_rank: int | None, found: Seque
     A ConnectTimeout also yields to the equally strong word of the rank that it waits for.
     """
     old = strength(old_reason)
-    if old_reason is Reason.CONNECT_TIMEOUT and new.reason is not old_reason and new.strength == old:
+    if old_reason is Reason.CONNECT_TIMEOUT and _waits_for_nobody(new) and new.strength == old:
         return any(e.rank == old_rank and e.accused == new.rank for e in found)
     return new.strength < old and (old > _GENERIC or (old == _GENERIC and new.rank == old_rank))
 
@@ -188,6 +193,7 @@ def _from_failure(rank: Rank, failure: LastFailure, accused: int | None) -> Evid
         signal=failure.signal,
         diagnostics=failure.diagnostics,
         accused=accused,
+        tentative=failure.reason is Reason.CONNECT_TIMEOUT and accused is not None,
     )
 
 

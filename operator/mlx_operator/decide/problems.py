@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from mlx_operator_api import names
-from mlx_operator_api.conditions import ConditionType, Reason
+from mlx_operator_api.conditions import ConditionType, Reason, Retry
 from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS
 from mlx_operator_api.source import SourceKind
 from mlx_operator_api.status import Status
@@ -241,7 +241,9 @@ def _reached(rank: Rank, picture: Picture, status: Status) -> Problem | None:
         found = _problem(picture, rank, Reason.REPORT_UNDECODABLE, view.error or "unreadable report", stalled=True)
         return replace(found, where=ConditionType.READY)
     if rank.report is not None and not rank.understood:
-        words = f"its supervisor speaks protocol {rank.report.protocol}, this operator {PROTOCOL} and {PROTOCOL - 1}"
+        # Version 1 is the first.
+        spoken = " and ".join(str(version) for version in range(PROTOCOL, max(0, PROTOCOL - 2), -1))
+        words = f"its supervisor speaks protocol {rank.report.protocol}, this operator {spoken}"
         found = _problem(picture, rank, Reason.PROTOCOL_MISMATCH, words, stalled=True)
         return replace(found, where=ConditionType.READY)
     joined = rank.record.epoch == status.epoch and rank.record.pod_uid == pod.uid
@@ -266,4 +268,7 @@ def _downloaded(rank: Rank, picture: Picture, status: Status) -> Problem | None:
     remedy = messages.remedy(noted.reason, record.pod)
     if noted.reason is Reason.MODEL_NOT_FOUND and names.ADAPTER_FIELD in noted.message:
         remedy = messages.ADAPTER_REMEDY
-    return Problem(ConditionType.MODEL_AVAILABLE, noted.reason, noted.message, True, rank.rank, remedy)
+    minutes = f"{downloads.RETRY_SECONDS / 60:g} minutes"
+    again = "not tried again by itself" if noted.reason.retry is Retry.NEVER else f"tried again every {minutes}"
+    words = clauses(noted.message, again)
+    return Problem(ConditionType.MODEL_AVAILABLE, noted.reason, words, True, rank.rank, remedy)

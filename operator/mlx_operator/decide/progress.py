@@ -2,9 +2,9 @@
 
 from datetime import timedelta
 
-from mlx_operator_api.runner import RunnerState
+from mlx_operator_api.runner import RunnerState, TaskName
 from mlx_operator_api.sizes import human_size
-from mlx_operator_api.tasks import RunnerReport
+from mlx_operator_api.tasks import RunnerReport, TaskPhase
 
 QUICK_SECONDS = 60.0
 """What is done within this time is shown in halves only; longer work in steps of 10 %."""
@@ -12,7 +12,7 @@ QUICK_SECONDS = 60.0
 
 def text(report: RunnerReport, age: timedelta, *, from_hub: bool) -> str | None:
     """Progress of the present state, or None where there is nothing to show."""
-    if report.state is RunnerState.IDLE and report.download_percent is not None and not report.model_available:
+    if report.state is RunnerState.IDLE and report.download_percent is not None and _downloads(report):
         # What is mounted is only read.
         work = "downloading" if from_hub else "verifying"
         size = f" of {human_size(report.download_bytes)}" if report.download_bytes else ""
@@ -24,6 +24,12 @@ def text(report: RunnerReport, age: timedelta, *, from_hub: bool) -> str | None:
         done = report.layers_loaded if exact else _coarse(report.layers_loaded, report.layers_total, age)
         return f"{done}/{report.layers_total} layers"
     return None
+
+
+def _downloads(report: RunnerReport) -> bool:
+    """Files are missing, and the last attempt to get them has not failed."""
+    outcomes = (t for t in report.tasks if t.name is TaskName.DOWNLOAD_MODEL and t.epoch == report.epoch)
+    return not report.model_available and all(outcome.phase is not TaskPhase.FAILED for outcome in outcomes)
 
 
 def _coarse(done: int, total: int, age: timedelta) -> int:

@@ -6,7 +6,7 @@ from mlx_operator_api import names
 from mlx_operator_api.runner import ENDED, ORDER, RunnerState
 from mlx_operator_api.status import ModelStatus, RunnerStatus, Status
 
-from . import downloads, progress
+from . import downloads, progress, restart
 from .picture import Picture, Rank, effective
 
 
@@ -67,7 +67,9 @@ def _model(picture: Picture, status: Status) -> ModelStatus | None:
     adapter = status.model.adapter
     if adapter is not None:
         adapter = adapter.model_copy(update={"revision": downloads.adapter_commit(picture, status)})
-    reports = (rank.in_epoch(status.epoch) for rank in picture.ranks)
+    failure = restart.open_failure(status)
+    epoch = status.epoch if failure is None else failure.epoch
+    reports = (rank.in_epoch(epoch) for rank in picture.ranks)
     whole = next((r.model for r in reports if r is not None and r.model is not None and r.model.digest), None)
     found = {} if whole is None else {"digest": whole.digest, "bytes": whole.bytes or None}
     commit = downloads.commit(picture, status)
