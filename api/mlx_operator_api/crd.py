@@ -38,7 +38,9 @@ def schema() -> Schema:
             "properties": {"name": {"type": "string"}},
         },
         "spec": spec,
-        "status": without_enums(status, keep=frozenset({"status"})),
+        # Until the operator has seen an object, tools that wait must not take it for finished (kstatus: no news is good
+        # news, but a generation that was not observed is not).
+        "status": {**without_enums(status, keep=frozenset({"status"})), "default": {"observedGeneration": -1}},
     }
     out.update(NAME_RULES)
     return out

@@ -126,6 +126,13 @@ def test_kubectl_explain_shows_it(kubectl: Kubectl, path: str, words: str) -> No
     assert "<no description>" not in output
 
 
+def test_an_instance_that_no_operator_has_seen_is_finished_for_nobody(kubectl: Kubectl, created: str) -> None:
+    """To kstatus an object without conditions is finished, unless its generation was not observed."""
+    stored = kubectl.get("mi", created)
+    assert stored["status"] == {"observedGeneration": -1}
+    assert stored["metadata"]["generation"] == 1
+
+
 def test_the_columns_show_the_state_at_a_glance(kubectl: Kubectl, server: ApiServer, created: str) -> None:
     ready = Condition(
         type=ConditionType.READY,
