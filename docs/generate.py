@@ -18,6 +18,7 @@ _BLOCKS = {
     "transitions": pages.transitions,
     "states": pages.states,
     "ports": pages.ports,
+    "changes": pages.changes,
     "models": pages.models,
     "endpoints": endpoints.endpoints,
     "fields": endpoints.fields,

@@ -30,3 +30,23 @@ async def place(api_server: ApiServer, tmp_path: Path, request: pytest.FixtureRe
     namespace = f"t{abs(hash(request.node.nodeid)) % 10**10}"
     async with world(api_server, namespace, tmp_path) as made:
         yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def operated(
+    api_server: ApiServer, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> AsyncIterator[World]:
+    """A namespace with a kubelet and one operator, for all tests of a module."""
+    namespace = f"m{abs(hash(request.node.nodeid)) % 10**10}"
+    async with world(api_server, namespace, tmp_path_factory.mktemp("operated")) as made:
+        await made.operator()
+        yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def shared(operated: World) -> AsyncIterator[World]:
+    """The module's namespace, with no instance and no fault in it."""
+    operated.kubelet.plan()
+    yield operated
+    operated.kubelet.held.clear()
+    await operated.clear()

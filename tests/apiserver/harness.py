@@ -170,12 +170,16 @@ class World:
             keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)
 
+    async def clear(self) -> None:
+        """Remove the instances; returns when their pods are gone."""
+        for instance in (await self.kube.list(INSTANCES, self.namespace))[0]:
+            await self.delete(instance["metadata"]["name"])
+        await eventually(self._no_pods, "all pods are gone")
+
     async def close(self) -> None:
         """Remove the instances, then end the operators."""
         try:
-            for instance in (await self.kube.list(INSTANCES, self.namespace))[0]:
-                await self.delete(instance["metadata"]["name"])
-            await eventually(self._no_pods, "all pods are gone")
+            await self.clear()
         finally:
             await self.end_operators()
 

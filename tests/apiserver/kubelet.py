@@ -1,7 +1,8 @@
 """A kubelet and a scheduler without a node: pods get a loopback address and a real supervisor process.
 
 The supervisors are the runner image's own, with `tests/runner/fake_engine.py` as their engine, so that the protocol,
-the reports and the ways to die are the real ones. Each pod has an address of 127.0.0.0/8 to itself.
+the reports and the ways to die are the real ones. Each pod has an address of 127.0.0.0/8 and a cgroup to itself; that
+is a folder, in which a test plays the kernel.
 """
 
 import asyncio
@@ -24,7 +25,9 @@ import aiohttp
 from mlx_operator.act.kube import Kube, KubeError
 from mlx_operator.act.resources import NODES, PODS, SECRETS, Resource
 from mlx_operator_api import names
+from mlx_operator_api.sizes import quantity
 from mlx_runner import channel
+from tests.apiserver.supervisor import CGROUP
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "tests" / "runner" / "fake_engine.py"
@@ -125,12 +128,12 @@ class Kubelet:
         for pid in [*(_children(process.pid) if engine else ()), process.pid]:
             os.kill(pid, signal.SIGKILL)
 
-    def kill_engine(self, name: str) -> int:
-        """SIGKILL the engine that a pod's supervisor uses (the oldest child); returns its pid."""
+    def kill_engine(self, name: str, number: int = signal.SIGKILL) -> int:
+        """Signal the engine that a pod's supervisor uses (the oldest child); returns its pid."""
         process = self.of(name).process
         assert process is not None
         pid = min(_children(process.pid))
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
         return pid
 
     def engines(self, container: Container) -> list[int]:
@@ -142,6 +145,31 @@ class Kubelet:
     def places(self, pod: dict[str, Any]) -> bool:
         """Whether there is a node for a pod."""
         return "nodeSelector" not in pod["spec"]
+
+    def oom(self, name: str) -> None:
+        """Kill that engine as the kernel does where only the process is ended, not its cgroup."""
+        (self._cgroup(self.of(name)) / "memory.events").write_text("oom 1\noom_kill 1\n")
+        self.kill_engine(name)
+
+    def plan(self, **what: Any) -> None:
+        """What engines and supervisors do from now on; nothing: as they should."""
+        fresh = self.engine_plan.with_suffix(".new")
+        fresh.write_text(json.dumps(what))
+        os.replace(fresh, self.engine_plan)
+
+    def report(self, name: str) -> dict[str, Any]:
+        """The last report that a pod's supervisor wrote to its state; empty before the first."""
+        try:
+            found: dict[str, Any] = json.loads((self._state(self.of(name)) / "report.json").read_text())
+        except (FileNotFoundError, StopIteration):
+            return {}
+        return found
+
+    def _state(self, container: Container) -> Path:
+        return self.folder / "state" / container.uid
+
+    def _cgroup(self, container: Container) -> Path:
+        return self.folder / "cgroup" / container.uid
 
     # -- the watch
     async def _follow(self) -> None:
@@ -211,7 +239,13 @@ class Kubelet:
             environment = await self._environment(container)
             log = (self.folder / f"{container.name}.log").open("ab")
             container.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "mlx_runner", env=environment, stdout=log, stderr=log, start_new_session=True
+                sys.executable,
+                "-m",
+                "tests.apiserver.supervisor",
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
             log.close()
             container.started = _now()
@@ -237,8 +271,12 @@ class Kubelet:
         for variable in spec["containers"][0]["env"]:
             source = variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
             environment[variable["name"]] = values[source] if source else variable.get("value", "")
-        state = self.folder / "state" / container.uid
+        state, cgroup = self._state(container), self._cgroup(container)
         state.mkdir(parents=True, exist_ok=True)
+        cgroup.mkdir(parents=True, exist_ok=True)
+        limit = spec["containers"][0].get("resources", {}).get("limits", {}).get("memory")
+        if limit is not None:
+            (cgroup / "memory.max").write_text(str(quantity(limit)))
         token = state / "token"
         if not token.exists():
             volume = next(volume for volume in spec["volumes"] if "secret" in volume)
@@ -255,6 +293,7 @@ class Kubelet:
             "MLX_RUNNER_ENGINE": f"{sys.executable} {ENGINE}",
             "FAKE_ENGINE_PLAN": str(self.engine_plan),
             "PYTHONPATH": python_path(),
+            CGROUP: str(cgroup),
         }
         return environment
 

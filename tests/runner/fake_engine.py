@@ -5,9 +5,10 @@ the frame port, the others dial it; EOF there is a lost peer, as with the real e
 `ANSWER`, one a token.
 
 `FAKE_ENGINE_PLAN` may name a JSON file that is read at each command, so that a test can change it between epochs:
-`{"hang": "Load", "fail": {"on": "Connect", "reason": …, "message": …}, "exit": {"on": "Warmup", "code": 3},
-"eat": "Load" (memory, until the plan changes), "bytes": 1000 (of it at a time), "token_seconds": 0.1, "layers": 4,
-"tokens": 12, "stderr": "…", "abort": "word of a prompt"}`.
+`{"hang": "Load", "hold": "Load" (until the plan changes, which is then obeyed), "rank": 1 (the plan is of no other),
+"fail": {"on": "Connect", "reason": …, "message": …}, "exit": {"on": "Warmup", "code": 3}, "eat": "Load" (memory, until
+the plan changes), "bytes": 1000 (of it at a time), "token_seconds": 0.1, "layers": 4, "tokens": 12, "stderr": "…",
+"abort": "word of a prompt"}`.
 """
 
 import json
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 from mlx_operator_api import names
 from mlx_operator_api.conditions import Reason
-from mlx_operator_api.tasks import Peer
+from mlx_operator_api.tasks import Peer, Sharding
 from mlx_runner import channel
 from mlx_runner.progress import Phase, Progress
 
@@ -34,9 +35,10 @@ _RETRY_SECONDS = 0.05
 def plan() -> dict[str, Any]:
     path = os.environ.get("FAKE_ENGINE_PLAN")
     try:
-        return dict(json.loads(Path(path).read_text())) if path else {}
+        today = dict(json.loads(Path(path).read_text())) if path else {}
     except FileNotFoundError:
         return {}
+    return today if today.get("rank") in (None, int(os.environ.get(names.ENV_RANK, "0"))) else {}
 
 
 def _name(name: str) -> None:
@@ -50,6 +52,8 @@ class FakeEngine:
         self.commands: queue.Queue[channel.Command] = queue.Queue()
         self.cancelled: set[str] = set()
         self.peers: dict[int, socket.socket] = {}
+        self.ring: socket.socket | None = None
+        """Nobody connects to it: that it listens is what the last rank of a ring is told for."""
         self.rank = 0
         self.world_size = 1
         self.warm = threading.Event()
@@ -95,7 +99,10 @@ class FakeEngine:
                     threading.Thread(target=self.generate, args=[command], daemon=True).start()
 
     def obey_plan(self, kind: str) -> None:
-        today = plan()
+        if plan().get("hold") == kind:
+            self.progress.write(Phase.WAITING)
+        while (today := plan()).get("hold") == kind:
+            time.sleep(_RETRY_SECONDS)
         if "stderr" in today:
             sys.stderr.write(f"{today['stderr']}\n")
             sys.stderr.flush()
@@ -117,6 +124,8 @@ class FakeEngine:
     def connect(self, command: channel.Connect) -> None:
         self.rank, self.world_size = command.rank, command.world_size
         deadline = time.monotonic() + command.deadline
+        if command.sharding is Sharding.TENSOR and self.rank < self.world_size - 1:
+            self.ring = socket.create_server((command.listen_host, names.ring_port(command.epoch)))
         if self.rank == 0:
             missing = set(range(1, self.world_size))
             with socket.create_server((command.listen_host, names.FRAME_PORT)) as server:
