@@ -12,11 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+from docs import faulttable
 from mlx_operator_api import crd, names
 from mlx_operator_api.conditions import ConditionType, Reason, Retry
 from mlx_operator_api.runner import REQUESTS, TRANSIENT, TRANSITIONS, RunnerState, Transition
 from mlx_operator_api.schema import INT_OR_STRING, PRESERVE, VALIDATIONS
 from mlx_runner.engine import architectures
+from tests.changes import CHANGES
+from tests.faults import Layer, declared
 
 RETRY_WORDS: Mapping[Retry, str] = {
     Retry.RESTART: "the group starts again after the back-off; each failure spends one of "
@@ -85,7 +88,20 @@ def troubleshooting() -> str:
             lines += ["", f"### {reason}", "", reason.meaning, "", f"- Retry: {RETRY_WORDS[reason.retry]}."]
             if reason.remedy:
                 lines.append(f"- What to do: {reason.remedy}.")
+            lines += _example(reason)
     return "\n".join(lines) + "\n"
+
+
+def _example(reason: Reason) -> Iterator[str]:
+    """How `kubectl describe` begins where a test has brought it about."""
+    row = next((row for row in declared() if row.layer is Layer.OPERATOR and row.reason is reason), None)
+    if row is None or not row.golden.exists():
+        return
+    found = _BRIEF.search(row.golden.read_text(encoding="utf-8"))
+    yield f"- Seen, for example, with {row.what} ([the whole text]({faulttable.link(row)})):"
+    yield ""
+    for line in textwrap.dedent(found["lines"]).splitlines() if found else ():
+        yield f"      {line}"
 
 
 def _steps(reasons: Sequence[Reason]) -> Iterator[str]:
@@ -110,6 +126,7 @@ object. A field in **bold** is required. "Refused" lists what the API server ans
 | `{retry}` | Any new value starts again after `Stalled`. |
 | `{restart}` | Any new value starts a new epoch now, also with a newer default runner image. |
 """
+_BRIEF = re.compile(r"^Status:\n  Brief:\n(?P<lines>(?: {4}.*\n)+)", re.MULTILINE)
 _DEFAULT = re.compile(r" ?Default: (?P<value>[^.]+(?:\.[^ .][^.]*)*)\.")
 
 
@@ -237,6 +254,12 @@ def ports() -> str:
         ),
     ]
     return "\n".join(["| Port | Use |", "| --- | --- |", *(f"| {port} | {use} |" for port, use in rows)]) + "\n"
+
+
+def changes() -> str:
+    """What a change of a running instance replaces."""
+    rows = [f"| {change.what} | {change.replaces} |\n" for change in sorted(CHANGES, key=lambda c: c.replaces)]
+    return "| Change | Replaces |\n| --- | --- |\n" + "".join(rows)
 
 
 def models() -> str:

@@ -11,15 +11,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import pytest
 
-from mlx_operator_api.conditions import Reason, Retry
+from mlx_operator_api.conditions import ConditionType, Reason, Retry
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.tasks import Sharding
 
 PATIENCE = 3.0
 """A busy machine may take so many times the bound before a test fails; what was measured is printed."""
+GOLDEN = Path(__file__).parent / "apiserver" / "golden"
 
 
 class Layer(StrEnum):
@@ -28,6 +30,7 @@ class Layer(StrEnum):
     GROUP = "supervisors and engines"
     STAND_IN = "supervisors with a stand-in engine"
     ENGINES = "engines"
+    OPERATOR = "the operator on an API server"
     CLUSTER = "a cluster of two nodes"
 
 
@@ -44,7 +47,9 @@ class Fault:
     reason: Reason | None
     """None: nothing fails."""
     says: str = ""
-    """Message of the cause, whole."""
+    """Message of the cause, whole; in the operator's layer: of the condition."""
+    condition: ConditionType = ConditionType.RUNNER_FAILED
+    """Where the operator tells it."""
     ranks: int = 2
     sharding: Sharding = Sharding.PIPELINE
     rank: int | None = 1
@@ -74,6 +79,11 @@ class Fault:
         """Print what was measured, and hold it against the bound."""
         print(f"fault {self.id}: reported after {seconds:.2f} s, bound {self.within or '-'} s")
         assert self.within is None or seconds < self.within * PATIENCE, f"{self.id}: {seconds:.1f} s"
+
+    @property
+    def golden(self) -> Path:
+        """What `kubectl describe` shows of it, for a row of the operator's layer."""
+        return GOLDEN / f"{self.id}.txt"
 
     @property
     def recovery(self) -> str:
@@ -107,7 +117,7 @@ def fault(*rows: Fault) -> pytest.MarkDecorator:
 
 def declared() -> Iterator[Fault]:
     """Every row of every test module that is named for faults, in the order of the modules."""
-    for package in ("tests.runner", "tests.node"):
+    for package in ("tests.runner", "tests.apiserver", "tests.node"):
         for module in sorted(info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__)):
             if module.startswith("test_fault"):
                 importlib.import_module(f"{package}.{module}")

@@ -110,11 +110,6 @@ class Reason(StrEnum):
     )
     RUNNER_FAILED = "RunnerFailed", Retry.NONE, "Reason of the Warning event of a failure; its note names the cause."
     RESTART_BACKOFF = "RestartBackoff", Retry.NONE, "The group failed; the next epoch starts when the back-off is over."
-    PEER_SHUTDOWN = (
-        "PeerShutdown",
-        Retry.NONE,
-        "This rank was ended by the operator because another rank of its group failed.",
-    )
 
     # -- the spec
     INVALID_SPEC = (
@@ -209,13 +204,13 @@ class Reason(StrEnum):
         "ModelNotFound",
         Retry.WAIT,
         "The source has no model, repository, revision or file at that place. Set by the runner.",
-        "correct spec.model.source: it must lead to a directory with config.json and safetensors files",
+        "correct spec.model.source: it must lead to a repository or directory with config.json and safetensors files",
     )
     MODEL_UNAUTHORIZED = (
         "ModelUnauthorized",
         Retry.WAIT,
         "The hub asks for a token, or refuses the one it got: the repository is private or gated.",
-        "correct spec.model.credentialsSecretRef; a pod reads the Secret when it starts: kubectl delete pod POD",
+        "correct spec.model.credentialsSecretRef or its Secret, read when a pod starts: kubectl delete pod POD",
     )
     MODEL_UNREACHABLE = (
         "ModelUnreachable",
@@ -273,19 +268,23 @@ class Reason(StrEnum):
         "The warm-up did not end within deadlines.warmup.",
         "raise spec.deadlines.warmup, or give the runner more CPU",
     )
-    SHUTDOWN_TIMEOUT = "ShutdownTimeout", Retry.RESTART, "The engine did not end in time and was killed."
     CONNECT_FAILED = (
         "ConnectFailed",
         Retry.RESTART,
         "Forming the group failed with an error.",
-        "read the evidence in the message",
+        "see the error in the message and the log: kubectl logs POD",
     )
-    LOAD_FAILED = "LoadFailed", Retry.RESTART, "Loading failed with an error.", "read the evidence in the message"
+    LOAD_FAILED = (
+        "LoadFailed",
+        Retry.RESTART,
+        "Loading failed with an error.",
+        "see the error in the message and the log: kubectl logs POD",
+    )
     WARMUP_FAILED = (
         "WarmupFailed",
         Retry.RESTART,
         "The warm-up failed with an error.",
-        "read the evidence in the message",
+        "see the error in the message and the log: kubectl logs POD",
     )
     TASK_REJECTED = (
         "TaskRejected",
