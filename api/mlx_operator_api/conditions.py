@@ -153,14 +153,20 @@ class Reason(StrEnum):
     CONTAINER_START_ERROR = (
         "ContainerStartError",
         Retry.WAIT,
-        "The kubelet cannot create or start the container (missing Secret, volume, command).",
+        "The kubelet cannot mount a volume, or create or start the container (missing Secret, ConfigMap, command).",
         "create what the message names, or correct spec.runner",
     )
     VOLUME_NOT_FOUND = (
         "VolumeNotFound",
         Retry.WAIT,
-        "The PersistentVolumeClaim of the model or the cache does not exist or is not bound.",
+        "The PersistentVolumeClaim of the model or the cache does not exist.",
         "create the claim in the namespace of the ModelInstance, or correct spec.model.source or spec.cache",
+    )
+    VOLUME_NOT_BOUND = (
+        "VolumeNotBound",
+        Retry.WAIT,
+        "A PersistentVolumeClaim of the pod exists, and no volume is bound to it.",
+        "see what its events say: kubectl describe pvc; it needs a StorageClass that provisions, or a free volume",
     )
     CONTAINER_CRASHED = (
         "ContainerCrashed",
@@ -174,11 +180,17 @@ class Reason(StrEnum):
         "The kernel killed the engine or the container for memory.",
         "raise spec.runner.resources.limits.memory, use more runners, or a smaller model",
     )
+    PROBE_FAILED = (
+        "LivenessProbeFailed",
+        Retry.RESTART,
+        "The kubelet ended the container of a rank: its supervisor did not answer the liveness probe for a minute.",
+        "look at the load and the memory of the node; the log of the container before: kubectl logs POD --previous",
+    )
     EVICTED = (
         "Evicted",
         Retry.FREE,
         "The kubelet or the API evicted a rank's pod (node pressure, drain, preemption).",
-        "see the pod's last status in the message; nothing to do where the node recovers",
+        "nothing, once a node has room for the new pod; who evicted it stands in the message",
     )
     POD_DELETED = (
         "PodDeleted",
@@ -191,6 +203,13 @@ class Reason(StrEnum):
         Retry.FREE,
         "The node of a rank's pod is NotReady or gone.",
         "nothing for the group, which moves to other nodes; look at the node: kubectl describe node",
+    )
+
+    POD_STUCK = (
+        "PodStuckTerminating",
+        Retry.WAIT,
+        "A pod that is being deleted does not go: a finalizer holds it, or its kubelet does not confirm the end.",
+        "look at the kubelet of its node; if its containers are surely gone: kubectl delete pod POD --force",
     )
 
     # -- the model
@@ -252,8 +271,8 @@ class Reason(StrEnum):
     )
     DOWNLOAD_TIMEOUT = (
         "DownloadTimeout",
-        Retry.RESTART,
-        "The files were not present within deadlines.download.",
+        Retry.FREE,
+        "The files were not present within deadlines.download, and the supervisor did not end the attempt.",
         "raise spec.deadlines.download, or look at the source",
     )
     LOAD_TIMEOUT = (
@@ -314,7 +333,8 @@ class Reason(StrEnum):
         "RunnerUnreachable",
         Retry.RESTART,
         "The operator hears nothing of a rank's supervisor although its pod runs: no connection, or a stopped process.",
-        "no connection: check NetworkPolicies between the operator and the pods (port 8081); no word: look at the node",
+        "where there is no connection, check NetworkPolicies between the operator and the pods (port 8081), else the pod "
+        "and its node: kubectl describe pod POD",
     )
     REPORT_UNDECODABLE = (
         "ReportUndecodable",
@@ -327,6 +347,12 @@ class Reason(StrEnum):
         Retry.NEVER,
         "The runner image speaks a version of the control protocol that we do not.",
         "use a runner image of the operator's own release or the one before",
+    )
+    POD_NOT_READY = (
+        "PodNotReady",
+        Retry.WAIT,
+        "Every runner is ready, but rank 0's pod is not Ready, so its Service has no endpoint.",
+        "see which probe or readiness gate fails, and why: kubectl describe pod POD",
     )
     SCHEDULE_TIMEOUT = (
         "ScheduleTimeout",

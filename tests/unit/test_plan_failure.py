@@ -337,6 +337,21 @@ def test_a_missed_deadline_that_the_supervisor_does_not_end_fails_after_ten_seco
     assert see(cluster).reason is reason
 
 
+def test_a_missed_deadline_says_how_long_was_waited_and_for_whom() -> None:
+    cluster = Cluster(runners=3)
+    cluster.run(until=lambda: "tiny-2" in cluster.pods and stuck(cluster, RunnerState.CONNECTING))
+    cluster.supervisor(0).publish(waiting_for=(1, 2))
+    cluster.wait(6)
+    cluster.hear_all()
+    cluster.reconcile()
+    cluster.wait(60)
+    failure = see(cluster)
+    own = cluster.status.runner(0).last_failure
+    assert failure.reason is Reason.CONNECT_TIMEOUT
+    assert own is not None
+    assert "not connected within 40 s (waiting for ranks 1, 2), and its supervisor did not end it" in own.message
+
+
 def stuck(cluster: Cluster, state: RunnerState) -> bool:
     found = [pod.supervisor for pod in cluster.pods.values() if pod.supervisor is not None]
     if len(found) < 2 or found[1].report.state is not state:

@@ -226,6 +226,7 @@ def test_a_supervisor_that_forgets_its_deadline_is_found_out_all_the_same() -> N
     cluster.hear_all()
     cluster.reconcile()
     assert [failure.reason for failure in cluster.status.history] == [Reason.DOWNLOAD_TIMEOUT]
+    assert cluster.status.restarts == 0, "no trouble of a download spends the budget"
 
 
 def test_every_rank_is_told_the_memory_of_all_so_that_it_knows_its_layers() -> None:

@@ -23,9 +23,9 @@ def waiting(cluster: Cluster, reason: str, message: str = "", rank: int = 1, **m
     status["containerStatuses"] = [entry | more]
 
 
-def placed() -> Cluster:
+def placed(**spec: Any) -> Cluster:
     """Both pods have nodes; nothing runs yet."""
-    cluster = Cluster()
+    cluster = Cluster(**spec)
     cluster.reconcile()
     cluster._schedule()
     cluster.reconcile()
@@ -40,8 +40,8 @@ def test_an_unschedulable_pod_is_told_in_the_schedulers_words_and_stalls_at_its_
     assert (scheduled.status, scheduled.reason) == ("False", Reason.UNSCHEDULABLE)
     assert scheduled.message == (
         "rank 0/2 pod tiny-0: not placed: 0/2 nodes are available: 2 node(s) didn't match Pod's node "
-        "affinity/selector; the same on 2 ranks; free or add resources, or correct spec.runner.nodeSelector, "
-        "tolerations, affinity or resources.requests"
+        "affinity/selector; the same on 2 ranks; correct spec.runner.nodeSelector or affinity, or label a node so that "
+        "it matches"
     )
     assert condition(cluster, ConditionType.READY).reason is Reason.UNSCHEDULABLE
     assert not cluster.stalled()
@@ -62,7 +62,7 @@ def test_a_pull_error_is_told_in_the_registrys_words_without_flapping() -> None:
     cluster.reconcile()
     stalled = condition(cluster, ConditionType.STALLED)
     assert (stalled.status, stalled.reason) == ("True", Reason.IMAGE_PULL_FAILED)
-    assert "connection refused; correct spec.runner.image" in stalled.message
+    assert "connection refused; make the registry reachable" in stalled.message
     patches = len(cluster.patches)
     for message in (
         "",
@@ -107,17 +107,23 @@ def test_a_model_image_that_cannot_be_pulled_points_at_the_source() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "stalled"),
+    ("words", "reason", "stalled"),
     [
-        ('persistentvolumeclaim "models" not found', True),
-        ("0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims.", False),
+        ('persistentvolumeclaim "models" not found', Reason.VOLUME_NOT_FOUND, True),
+        (
+            "0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims.",
+            Reason.VOLUME_NOT_BOUND,
+            False,
+        ),
     ],
 )
-def test_a_claim_that_is_missing_stalls_and_one_that_is_being_bound_does_not(words: str, stalled: bool) -> None:
+def test_a_claim_that_is_missing_stalls_and_one_that_is_being_bound_does_not(
+    words: str, reason: Reason, stalled: bool
+) -> None:
     cluster = Cluster()
     cluster.unplaceable = words
     cluster.run(30)
-    assert condition(cluster, ConditionType.SCHEDULED).reason is Reason.VOLUME_NOT_FOUND
+    assert condition(cluster, ConditionType.SCHEDULED).reason is reason
     assert cluster.stalled() == stalled
     cluster.unplaceable = None
     cluster.run()
@@ -177,7 +183,7 @@ def test_a_refused_pod_is_told_in_the_api_servers_words(status: int, message: st
     cluster.reconcile()
     stalled = condition(cluster, ConditionType.STALLED)
     assert (stalled.status, stalled.reason) == ("True", reason)
-    assert f"HTTP {status}): {message}" in stalled.message
+    assert (f"HTTP {status}): {message}" if status != 409 else f"tiny-0: {message}; ") in stalled.message
     cluster.refuse = None
     cluster.run()
     assert cluster.ready()

@@ -232,18 +232,19 @@ EXPECTED: dict[Callable[[], Cluster], str] = {
         Not ready: restart (free of budget) at 15:00:02Z after NodeLost on rank 1
         rank 1/2 tiny-1 on n2: RunnerFailed, node n2 is NotReady since 15:00:02Z (NodeStatusUnknown)
         rank 0/2 tiny-0 on n1: RunnerReady, layers 0-11
-        do: nothing for the group, which moves to other nodes; look at the node: kubectl describe node
+        do: nothing for the group, which moves to other nodes; look at the node: kubectl describe node n2
     """,
     supervisor_silent: """
         Not ready: restart 1/5 at 15:00:18Z after RunnerUnreachable on rank 1
         rank 1/2 tiny-1 on n2: RunnerFailed, its supervisor cannot be reached, silent since 15:00:02Z: connection lost
         rank 0/2 tiny-0 on n1: RunnerReady, layers 0-11
-        do: no connection: check NetworkPolicies between the operator and the pods (port 8081); no word: look at the node
+        do: where there is no connection, check NetworkPolicies between the operator and the pods (port 8081), else the pod and its node: kubectl describe pod tiny-1
     """,
     budget_spent: """
         Stalled: RestartBudgetExhausted after EngineCrashed on rank 0
         rank 0/2 tiny-0 on n1: RunnerFailed, engine killed by signal 9 (SIGKILL) in RunnerReady
         rank 1/2 tiny-1 on n2: RunnerFailed (consequence), connection to rank 0 was lost in RunnerReady
+        do: read the evidence in the message and the log: kubectl logs tiny-0
         do: see the last failure; correct the spec, or set the annotation mlx-operator.dev/retry to a new value
     """,
     hopeless: """
@@ -263,21 +264,21 @@ EXPECTED: dict[Callable[[], Cluster], str] = {
         why: rank 0/2 pod tiny-0: not placed: 0/2 nodes are available: 2 Insufficient memory; the same on 2 ranks
         rank 0/2 tiny-0: RunnerPending
         rank 1/2 tiny-1: RunnerPending
-        do: free or add resources, or correct spec.runner.nodeSelector, tolerations, affinity or resources.requests
+        do: free or add memory on the nodes, or lower spec.runner.resources.requests
     """,
     image_not_pulled: """
         Stalled: ImagePullFailed
         why: rank 1/2 pod tiny-1 on node n2: failed to pull and unpack image "runner:1": failed to resolve reference: connection refused
         rank 0/2 tiny-0 on n1: RunnerPending
         rank 1/2 tiny-1 on n2: RunnerPending
-        do: correct spec.runner.image or imagePullSecrets, or make the registry reachable
+        do: make the registry reachable from the node (DNS, proxy, firewall, certificates), or correct spec.runner.image
     """,
     quota_exceeded: """
         Stalled: PodRefused
         why: rank 0/2 pod tiny-0: the API server refused the pod (HTTP 403): pods "tiny-0" is forbidden: exceeded quota: small; the same on 2 ranks
         rank 0/2 tiny-0: RunnerPending
         rank 1/2 tiny-1: RunnerPending
-        do: read the API server's words in the message and correct the spec, the quota or the policy
+        do: raise the ResourceQuota small, free what it counts, or lower spec.runner.resources or spec.runners
     """,
     crash_before_joining: """
         Stalled: ContainerCrashed

@@ -18,9 +18,13 @@ from tests.unit.manifests import NOW, SETTINGS, pod
 pytestmark = [pytest.mark.looptime, pytest.mark.timeout(30)]
 
 
-def said(reason: str, message: str, time: str) -> dict[str, Any]:
+KILLED = "Container runner failed liveness probe, will be restarted"
+
+
+def said(reason: str, message: str, time: str, kind: str = "Warning") -> dict[str, Any]:
     metadata = {"name": f"tiny-0.{reason}.{time}", "namespace": "default"}
-    return {"metadata": metadata, "reason": reason, "message": message, "lastTimestamp": f"2026-11-23T{time}Z"}
+    event = {"metadata": metadata, "type": kind, "reason": reason, "message": message}
+    return event | {"lastTimestamp": f"2026-11-23T{time}Z"}
 
 
 @dataclass
@@ -88,6 +92,58 @@ async def test_a_pod_that_runs_is_forgotten(scene: Scene) -> None:
     assert scene.store.warnings("pod-0") == ()
     await asyncio.sleep(100)
     assert len(scene.kube.requests) == asked
+
+
+def ended(finished: str, started: str = "14:50:00") -> dict[str, Any]:
+    end = {"startedAt": f"2026-11-23T{started}Z", "finishedAt": f"2026-11-23T{finished}Z", "exitCode": 137}
+    return {"containerStatuses": [{"name": "runner", "state": {"running": {}}, "lastState": {"terminated": end}}]}
+
+
+async def test_why_a_container_ended_is_asked_at_once_and_not_for_ever(scene: Scene) -> None:
+    scene.kube.put(CORE_EVENTS, said("Killing", KILLED, "14:59:50", "Normal"))
+    scene.kube.put(CORE_EVENTS, said("Unhealthy", "Liveness probe failed: timed out", "14:59:49"))
+    scene.kube.put(CORE_EVENTS, said("Unhealthy", "Readiness probe failed: HTTP 503", "14:59:55"))
+    scene.store.put(PODS, pod(version=1) | {"status": pod()["status"] | ended("14:59:59")})
+    await asyncio.sleep(1)
+    assert scene.store.warnings("pod-0") == (
+        f"Killing: {KILLED}",
+        "Unhealthy: Liveness probe failed: timed out",
+    )
+    await asyncio.sleep(600)
+    asked = len(scene.kube.requests)
+    assert asked <= 5
+    scene.store.put(PODS, pod(version=2) | {"status": pod()["status"] | ended("14:59:59")})
+    await asyncio.sleep(100)
+    assert len(scene.kube.requests) == asked
+    assert scene.store.warnings("pod-0") == ()
+
+
+def test_what_the_kubelet_said_of_an_earlier_container_is_left_out() -> None:
+    events = [said("Killing", KILLED, "14:40:00", "Normal")]
+    assert notes(events, {"startedAt": "2026-11-23T14:50:00Z"}) == ()
+    assert notes(events, {"startedAt": "2026-11-23T14:30:00Z"}) == (f"Killing: {KILLED}",)
+    assert notes(events) == ()
+
+
+@pytest.mark.parametrize(
+    ("warning", "step"),
+    [
+        ("FailedScheduling", "Scheduled"),
+        ("FailedMount", "Pulling"),
+        ("FailedCreatePodSandBox", "Pulled"),
+        ("FailedAttachVolume", "SuccessfulAttachVolume"),
+    ],
+)
+def test_a_warning_is_over_once_the_pod_got_beyond_it(warning: str, step: str) -> None:
+    trouble = said(warning, "not found", "14:50:00")
+    assert notes([trouble, said(step, "done", "14:49:00", "Normal")]) == (f"{warning}: not found",)
+    assert notes([trouble, said(step, "done", "14:51:00", "Normal")]) == ()
+
+
+def test_events_of_the_scheduler_and_of_the_kubelet_are_compared_by_the_second() -> None:
+    early = said("FailedScheduling", "no node", "x") | {"lastTimestamp": None}
+    early["eventTime"] = "2026-11-23T14:50:00.900000Z"
+    assert notes([early, said("Scheduled", "placed", "14:50:01", "Normal")]) == ()
 
 
 def test_the_newest_words_come_first_and_each_once() -> None:

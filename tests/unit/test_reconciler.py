@@ -276,6 +276,41 @@ async def test_a_refused_pod_is_shown_to_the_next_plan_and_not_tried_again_at_on
     assert scene.seen[-1].refusals == {}
 
 
+async def test_a_webhook_that_is_down_is_shown_as_a_refusal_and_any_other_server_error_is_not(scene: Scene) -> None:
+    words = 'Internal error occurred: failed calling webhook "pods.example.com": connection refused'
+    answers = [KubeError(500, "InternalError", words), KubeError(500, "InternalError", "etcdserver: request timed out")]
+
+    def before(verb: str, plural: str, _name: str) -> None:
+        if (verb, plural) == ("create", "pods") and answers:
+            raise answers.pop(0)
+
+    scene.plans = [Plan(Status(epoch=1), (CREATE,))]
+    scene.kube.before = before
+    await scene.reconcile()
+    assert scene.store.refusals.of(TINY)["tiny-0"].message == words
+    scene.time += timedelta(seconds=5)
+    with pytest.raises(KubeError, match="etcdserver"):
+        await scene.reconcile()
+    assert scene.store.refusals.of(TINY)["tiny-0"].message == words, "the last word about the pod itself"
+
+
+async def test_a_quota_that_others_use_at_the_same_moment_is_no_refusal(scene: Scene) -> None:
+    words = 'Operation cannot be fulfilled on resourcequotas "tight": the object has been modified'
+    answers = [KubeError(409, "Conflict", words)]
+
+    def before(verb: str, plural: str, _name: str) -> None:
+        if (verb, plural) == ("create", "pods") and answers:
+            raise answers.pop(0)
+
+    scene.plans = [Plan(Status(epoch=1), (CREATE,))]
+    scene.kube.before = before
+    with pytest.raises(KubeError, match="resourcequotas"):
+        await scene.reconcile()
+    assert scene.store.refusals.of(TINY) == {}
+    await scene.reconcile()
+    assert [p["metadata"]["name"] for p in scene.store.pods()] == ["tiny-0"]
+
+
 async def test_our_own_pod_under_the_name_counts_as_created(scene: Scene) -> None:
     scene.kube.put(PODS, child(PODS, "tiny-0"))
     scene.plans = [Plan(Status(epoch=1), (CREATE,))]

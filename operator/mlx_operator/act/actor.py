@@ -119,7 +119,7 @@ class Actor:
             else:
                 await self._apply_service(key, instance, action)
         except KubeError as error:
-            if error.transient or error.contended:
+            if (error.transient and not error.unreached_webhook) or error.contended:
                 raise
             refusal = Refusal(error.status, error.message, self._now())
             self._store.refusals.note(key, action.name, action.manifest, refusal)

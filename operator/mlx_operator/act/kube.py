@@ -21,10 +21,11 @@ LIST_SECONDS = 30.0
 PAGE = 100
 """Objects of a list that lie in memory as JSON at a time: what a page leaves behind is reused for the next one."""
 LONGEST_PAUSE_SECONDS = 10.0
-MAX_MESSAGE = 300
-_HEAD = 100
+MAX_MESSAGE = 600
+_HEAD = 400
 _MERGE_PATCH = "application/merge-patch+json"
 _APPLY_PATCH = "application/apply-patch+yaml"
+_WEBHOOK = "failed calling webhook"
 # An apply of a malformed object is answered 500, not 422: a repetition cannot help.
 _MALFORMED_APPLY = "failed to create typed patch object"
 
@@ -33,7 +34,7 @@ class KubeError(Exception):
     """A request that did not succeed.
 
     `status` is the HTTP status (0: no answer came), `reason` the API's word such as `AlreadyExists`, `message` its
-    text of at most 300 characters.
+    text of at most 600 characters.
     """
 
     def __init__(self, status: int, reason: str, message: str) -> None:
@@ -62,9 +63,14 @@ class KubeError(Exception):
         """The same request may succeed later, whatever anybody does (the one place that says so)."""
         return self.ambiguous or self.status in (401, 408, 429)
 
+    @property
+    def unreached_webhook(self) -> bool:
+        """An admission webhook did not answer: nothing was carried out, and somebody has to bring it back."""
+        return self.status == 500 and _WEBHOOK in self.message
+
 
 def _shortened(message: str) -> str:
-    """At most 300 characters. What went wrong stands at the end where the API server echoes a whole object."""
+    """At most 600 characters. What went wrong stands at the end where the API server echoes a whole object."""
     if len(message) <= MAX_MESSAGE:
         return message
     return f"{message[:_HEAD]} … {message[_HEAD + 3 - MAX_MESSAGE :]}"

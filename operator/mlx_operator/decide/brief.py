@@ -4,7 +4,8 @@ from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.status import Condition, RunnerStatus, Status
 
-from .messages import listed, one_line, split_advice, without_who
+from . import remedies
+from .messages import listed, one_line, without_who
 
 _PLAIN = (Reason.SUSPENDED, *(reason for reason in Reason if not reason.remedy))
 """Reasons whose words the headline has already."""
@@ -15,8 +16,7 @@ def brief(status: Status) -> tuple[str, ...]:
     ready = status.condition(ConditionType.READY)
     if ready is None:
         return ()
-    pods = [record.pod for record in status.runners if record.pod]
-    why, do = split_advice(ready.message, ready.reason, pods)
+    why, do = remedies.split(ready.message, ready.reason)
     lines = [_headline(status, ready)]
     if _tells_why(status, ready):
         lines.append(f"why: {why}")
@@ -24,8 +24,15 @@ def brief(status: Status) -> tuple[str, ...]:
     ranks = sorted(status.runners, key=lambda record: (record.rank != cause, record.rank))
     lines += [_rank_line(status, record) for record in ranks]
     if ready.status != "True" and do:
-        lines.append(f"do: {do}")
+        lines += [f"do: {step}" for step in (_before(why, status, ready), do) if step]
     return tuple(one_line(line) for line in lines)
+
+
+def _before(why: str, status: Status, ready: Condition) -> str:
+    """What the last failure asks for, where it asks for the budget as well."""
+    if ready.reason is not Reason.RESTART_BUDGET_EXHAUSTED or not status.history:
+        return ""
+    return remedies.split(why, status.history[0].reason)[1]
 
 
 def _failing(status: Status) -> bool:

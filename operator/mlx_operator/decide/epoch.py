@@ -5,7 +5,7 @@ from datetime import timedelta
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS
 from mlx_operator_api.runner import ENDED, RunnerState
-from mlx_operator_api.status import AdapterStatus, ModelStatus, RunnerStatus, Status
+from mlx_operator_api.status import AdapterStatus, GroupFailure, ModelStatus, RunnerStatus, Status
 
 from . import restart, template
 from .failure import pending
@@ -14,6 +14,10 @@ from .spec import Wanted
 
 SETTLE_SECONDS = 5.0
 """After a failure: how long the other engines have to end before CreateRunner kills them."""
+
+
+TELL_SECONDS = 3.0
+"""How much later than a container's successor its kubelet may tell how the container ended."""
 
 
 def begin(picture: Picture, status: Status) -> tuple[Status, Reason | None]:
@@ -203,14 +207,23 @@ def draining(picture: Picture, status: Status) -> bool:
     return (going.pod.deleting or going.pod.disruption != "") and not going.pod.over
 
 
+def _untold(status: Status, failure: GroupFailure) -> bool:
+    """A container ended, and its kubelet has not said how: its word would come too late for the cause of the epoch."""
+    own = status.runner(failure.rank).last_failure if failure.rank is not None else None
+    return failure.reason is Reason.CONTAINER_CRASHED and (own is None or own.exit_code is None)
+
+
 def _settled(picture: Picture, status: Status) -> bool:
     """The other engines of a failed epoch have said their last word; those of a planned restart have drained.
 
     Both have their time: CreateRunner ends what is left.
     """
+    failure = restart.open_failure(status)
+    untold = failure is not None and _untold(status, failure)
+    if failure is not None and untold and not picture.clock.passed(failure.time + timedelta(seconds=TELL_SECONDS)):
+        return False
     if not survivors(picture, status):
         return True
-    failure = restart.open_failure(status)
     if failure is not None:
         return picture.clock.passed(failure.time + timedelta(seconds=SETTLE_SECONDS))
     # Ready is False since the epoch was opened, or longer: then there were no requests to finish.

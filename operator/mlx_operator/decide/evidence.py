@@ -11,9 +11,9 @@ from mlx_operator_api.runner import RunnerState, TaskName
 from mlx_operator_api.status import LastFailure
 from mlx_operator_api.tasks import RunnerReport, TaskPhase
 
-from . import downloads
+from . import downloads, ends, progress
 from . import picture as pictures
-from .messages import clock_time, evidence_line, listed, one_line, signal_name
+from .messages import clock_time, listed, one_line
 from .picture import Picture, Rank
 from .pods import PodView, Terminated
 
@@ -65,6 +65,11 @@ class Evidence:
         return strength(self.reason)
 
     @property
+    def specific(self) -> bool:
+        """It names its own cause, whatever happened elsewhere."""
+        return self.strength == _SPECIFIC
+
+    @property
     def weak(self) -> bool:
         """A consequence of something else, or possibly one: others are heard first."""
         return self.strength == _WEAK or self.tentative
@@ -95,9 +100,16 @@ def better(new: Evidence, old_reason: Reason, old_rank: int | None, found: Seque
     A ConnectTimeout also yields to the equally strong word of the rank that it waits for.
     """
     old = strength(old_reason)
+    if new.rank == old_rank and outranks(new.reason, old_reason):
+        return True
     if old_reason is Reason.CONNECT_TIMEOUT and _waits_for_nobody(new) and new.strength == old:
         return any(e.rank == old_rank and e.accused == new.rank for e in found)
     return new.strength < old and (old > _GENERIC or (old == _GENERIC and new.rank == old_rank))
+
+
+def outranks(new: Reason, old: Reason) -> bool:
+    """Whether a reason of the same rank is why another one was seen: the kernel took memory back, so an engine died."""
+    return new is Reason.OUT_OF_MEMORY and old is Reason.ENGINE_CRASHED
 
 
 def explains(new: Evidence, known: LastFailure) -> bool:
@@ -106,10 +118,17 @@ def explains(new: Evidence, known: LastFailure) -> bool:
     return told and new.reason in (Reason.POD_DELETED, Reason.EVICTED, Reason.NODE_LOST)
 
 
+def completes(new: Evidence, known: LastFailure) -> bool:
+    """Whether the kubelet has told by now how a container ended that its successor was heard of first."""
+    same = new.reason is known.reason and new.state is known.state
+    return same and known.exit_code is None and new.exit_code is not None
+
+
 def diagnose(rank: Rank, epoch: int, picture: Picture, *, ended_by_us: bool) -> Evidence | None:
     """The best evidence that a rank of the epoch failed, or None. `ended_by_us`: its shutdown was ordered."""
     found = list(_all(rank, epoch, picture, ended_by_us))
-    return min(found, key=lambda e: e.strength, default=None)
+    best = min(found, key=lambda e: e.strength, default=None)
+    return best and next((e for e in found if outranks(e.reason, best.reason)), best)
 
 
 def _all(rank: Rank, epoch: int, picture: Picture, ended_by_us: bool) -> Iterator[Evidence]:
@@ -144,14 +163,28 @@ def _pod(rank: Rank, picture: Picture) -> Evidence | None:
     pod, record, now = rank.pod, rank.record, picture.clock.now
     if pod is None or pod.uid != record.pod_uid:
         return _make(rank, Reason.POD_DELETED, f"its pod (uid {(record.pod_uid or '?')[:8]}) is gone", now)
-    if pod.disruption.startswith(_TAINTED) and not rank.alive:
+    cordoned = _cordoned(pod, picture)
+    if pod.disruption.startswith(_TAINTED) and not rank.alive and not _well(pod, picture):
         return _make(rank, Reason.NODE_LOST, one_line(f"node {pod.node} is lost: {pod.disruption}", 400), now)
     if pod.over or pod.disruption:
-        words = pod.disruption or listed(pod.reason, pod.message) or f"phase {pod.phase}"
-        return _make(rank, Reason.EVICTED, f"its pod was evicted: {one_line(words, 400)}", now)
+        told = (pod.disruption or listed(pod.reason, pod.message)).strip(" .")
+        words = f"its pod was evicted: {one_line(told, 400)}" if told else f"its pod is over: phase {pod.phase}"
+        return _make(rank, Reason.EVICTED, listed(words, cordoned), now)
     if pod.deleting:
-        return _make(rank, Reason.POD_DELETED, "its pod is being deleted", now)
+        return _make(rank, Reason.POD_DELETED, listed("its pod is being deleted", cordoned), now)
     return None
+
+
+def _well(pod: PodView, picture: Picture) -> bool:
+    """Its node is known to be Ready: who tainted it had another reason than its loss."""
+    known = picture.observed.nodes.get(pod.node or "")
+    return picture.settings.watch_nodes and known is not None and known.ready
+
+
+def _cordoned(pod: PodView, picture: Picture) -> str:
+    """What a drain does first."""
+    known = picture.observed.nodes.get(pod.node or "")
+    return f"node {pod.node} is cordoned" if known is not None and known.cordoned else ""
 
 
 def _report(rank: Rank, epoch: int, ended_by_us: bool) -> Evidence | None:
@@ -206,35 +239,30 @@ def _container(rank: Rank, epoch: int, picture: Picture) -> Evidence | None:
     if not replaced and not down:
         return None
     before = report.predecessor if report is not None and replaced else None
-    ended = pod.container.ended
+    ended = ends.latest(pod, record)
     oom = ended is not None and ended.reason == "OOMKilled"
     if before is not None and before.epoch == epoch:
         if before.failure is not None and not oom:
             return _from_failure(rank, before.failure, _accused(before.failure.reason, None, before.failure.message))
         state = before.state
     else:
-        state = record.state
+        state = _last_state(rank)
     return _ended(rank, pod, ended, state, picture.clock.now)
 
 
 def _ended(rank: Rank, pod: PodView, ended: Terminated | None, state: RunnerState, now: datetime) -> Evidence:
     if ended is None:
         return _make(rank, Reason.CONTAINER_CRASHED, f"container ended in {state}", now, state)
-    oom = ended.reason == "OOMKilled"
-    signal = signal_name(ended.signal) if ended.signal else None
-    code = f"container ended with exit code {ended.exit_code}" + (f" ({signal})" if signal else "")
-    log = evidence_line(ended.message)
-    # No limit is no proof that the node's memory was short: say what was observed.
-    memory = (f"memory limit {pod.memory_limit}" if pod.memory_limit else "no memory limit") if oom else ""
+    end = ends.of(ended, pod, rank.notes)
     return Evidence(
         rank=rank.rank,
-        reason=Reason.OUT_OF_MEMORY if oom else Reason.CONTAINER_CRASHED,
-        what=listed(f"{code} in {state}", "OOMKilled" if oom else "", memory, f"last words: {log}" if log else ""),
+        reason=end.reason,
+        what=listed(f"container ended with {end.code} in {state}", end.details),
         state=state,
         time=ended.finished or now,
         exit_code=ended.exit_code,
-        signal=signal,
-        diagnostics=(log,) if log else (),
+        signal=end.signal,
+        diagnostics=(end.log,) if end.log else (),
     )
 
 
@@ -255,10 +283,11 @@ def _deadline(rank: Rank, epoch: int, picture: Picture) -> Evidence | None:
     end = downloads.latest_end(picture, rank, since) if name == "download" else since + limit
     if not picture.clock.passed(end + _GRACE):
         return None
-    progress = f" ({rank.record.progress})" if rank.record.progress else ""
-    text = f"{what} within {limit.total_seconds():g} s{progress}, and its supervisor did not end it"
-    late = _make(rank, reason, text, picture.clock.now, state)
-    return replace(late, accused=_accused(reason, rank.in_epoch(epoch), ""))
+    report = rank.in_epoch(epoch)
+    shown = listed(rank.record.progress or "", progress.awaited(report))
+    text = f"{what} within {limit.total_seconds():g} s" + (f" ({shown})" if shown else "")
+    late = _make(rank, reason, f"{text}, and its supervisor did not end it", picture.clock.now, state)
+    return replace(late, accused=_accused(reason, report, ""))
 
 
 def _rejected(rank: Rank, epoch: int, picture: Picture) -> Evidence | None:
@@ -287,4 +316,11 @@ def _silence(rank: Rank, picture: Picture) -> Evidence | None:
 
 
 def _make(rank: Rank, reason: Reason, what: str, time: datetime, state: RunnerState | None = None) -> Evidence:
-    return Evidence(rank=rank.rank, reason=reason, what=what, state=state or rank.record.state, time=time)
+    return Evidence(rank=rank.rank, reason=reason, what=what, state=state or _last_state(rank), time=time)
+
+
+def _last_state(rank: Rank) -> RunnerState:
+    """The state of a rank before it failed: better evidence is about that moment, too."""
+    record, failure = rank.record, rank.record.last_failure
+    failed = record.state is RunnerState.FAILED and failure is not None and failure.epoch == record.epoch
+    return failure.state if failed and failure is not None else record.state

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from mlx_operator_api.conditions import ConditionType, Reason, Retry
 from mlx_operator_api.runner import ORDER, RunnerState
 from mlx_operator_api.sizes import human_size
-from mlx_operator_api.status import GroupFailure, LastFailure, RunnerStatus, Status
+from mlx_operator_api.status import MAX_MESSAGE, GroupFailure, LastFailure, RunnerStatus, Status
 
-from . import downloads, restart
+from . import downloads, remedies, restart
 from .conditions import Fact
 from .failure import pending
-from .messages import clauses, count, listed, remedy
+from .messages import clauses, count, listed, one_line
 from .picture import Picture, assigned, effective, who
-from .problems import Problem, up
+from .podstart import up
+from .problem import Problem
 
 _C = ConditionType
 
@@ -33,6 +34,16 @@ class Situation:
     def failure(self) -> GroupFailure | LastFailure | None:
         """The failure of this epoch or the one before it that nothing newer has replaced."""
         return restart.open_failure(self.status) or pending(self.status)
+
+    @property
+    def blocked(self) -> Problem | None:
+        """The problem, unless a failure is the news: one that has to be solved, or that holds up a restart now due."""
+        due = self.status.next_restart_at
+        waits = due is not None and not self.picture.clock.passed(due)
+        searching = restart.open_failure(self.status) is None
+        if self.problem is None or self.problem.stalled or self.failure is None:
+            return self.problem
+        return None if waits or searching else self.problem
 
     @property
     def size(self) -> int:
@@ -73,7 +84,8 @@ def failure_message(situation: Situation) -> str:
     status, rules = situation.status, situation.picture.wanted.restarts
     waiting = pending(status)
     if restart.open_failure(status) is None and waiting is not None:
-        return clauses(waiting.message, "the cause is being looked for", waiting.reason.remedy)
+        advice = remedies.find(waiting.reason, waiting.message, None)
+        return clauses(waiting.message, "the cause is being looked for", advice)
     if not status.history:
         return "no failure was recorded"
     last, final = status.history[0], restart.final_failure(status)
@@ -81,16 +93,18 @@ def failure_message(situation: Situation) -> str:
     hint = Reason.RESTART_BUDGET_EXHAUSTED.remedy if spent else ""
     pod = status.runner(last.rank).pod if last.rank is not None else None
     step = "no restart before the spec is corrected" if situation.halted else restart.next_step(status, rules)
-    return clauses(last.message, step, remedy(last.reason, pod), hint)
+    rest = clauses(step, remedies.find(last.reason, last.message, pod), hint)
+    # The next step is never what is cut off.
+    return clauses(one_line(last.message, MAX_MESSAGE - len(rest) - 2), rest)
 
 
 def _ready(s: Situation) -> Fact:
-    final, problem = restart.final_failure(s.status), s.problem
+    final, problem = restart.final_failure(s.status), s.blocked
     if final is not None:
         spent = final.reason.retry is not Retry.NEVER
         reason = Reason.RESTART_BUDGET_EXHAUSTED if spent else final.reason
         return Fact("False", reason, failure_message(s))
-    if problem is not None and (problem.stalled or s.failure is None):
+    if problem is not None:
         return Fact("False", problem.reason, problem.message)
     if s.failure is not None:
         return Fact("False", s.failure.reason, failure_message(s))
@@ -175,7 +189,7 @@ def _reconciling(s: Situation, ready: Fact, stalled: Fact) -> Fact:
         return Fact("False", stalled.reason, "nothing goes on until somebody acts: see Stalled")
     if ready.status == "True":
         return Fact("False", Reason.RECONCILED, "there is nothing to do")
-    if s.failure is not None:
+    if s.failure is not None and s.blocked is None:
         pending_only = restart.open_failure(s.status) is None
         step = restart.next_step(s.status, s.picture.wanted.restarts)
         return Fact("True", Reason.RESTART_BACKOFF, "a failure is being looked into" if pending_only else step)

@@ -70,6 +70,8 @@ def _noted(picture: Picture, record: RunnerStatus, epoch: int, found: Evidence |
     same = known is not None and known.epoch == epoch and record.state is RunnerState.FAILED
     # Once the failure of the group is recorded, a pod may be deleted because of it: that explains nothing.
     explained = known is not None and same and not recorded and evidence.explains(found, known)
+    if known is not None and same:
+        explained |= evidence.completes(found, known) or evidence.outranks(found.reason, known.reason)
     if known is not None and same and found.strength >= evidence.strength(known.reason) and not explained:
         return record
     failure = LastFailure(
@@ -145,7 +147,7 @@ def _improve(
     """Better evidence replaces the cause; what was decided from the old one is decided again."""
     best = evidence.nearest(found)
     if not evidence.better(best, known.reason, known.rank, found):
-        return status
+        return _complete(status, known, found)
     failure = known.model_copy(
         update={
             "reason": best.reason,
@@ -156,6 +158,20 @@ def _improve(
     )
     status = status.model_copy(update={"history": (failure, *status.history[1:])})
     return _decide_again(picture, status, known.reason, best.reason)
+
+
+def _complete(status: Status, known: GroupFailure, found: Sequence[Evidence]) -> Status:
+    """The cause stays; how exactly its rank ended, and which others have a reason of their own, may be known by now."""
+    own = status.runner(known.rank).last_failure if known.rank is not None else None
+    told = own is not None and (own.epoch, own.reason) == (known.epoch, known.reason) and own.exit_code is not None
+    others = {e.rank for e in found if e.specific}
+    failure = known.model_copy(
+        update={
+            "message": own.message if own is not None and told else known.message,
+            "consequences": tuple(rank for rank in known.consequences if rank not in others),
+        }
+    )
+    return status.model_copy(update={"history": (failure, *status.history[1:])})
 
 
 def _decide_again(picture: Picture, status: Status, old: Reason, new: Reason) -> Status:

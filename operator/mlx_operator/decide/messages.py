@@ -2,11 +2,9 @@
 
 import re
 import signal
-from collections.abc import Iterable
 from datetime import datetime
 
 from mlx_operator_api.base import format_time
-from mlx_operator_api.conditions import Reason
 from mlx_operator_api.status import MAX_MESSAGE
 
 _ERROR = re.compile(r"error|exception|fatal|panic|cannot|failed|denied|no such", re.IGNORECASE)
@@ -53,28 +51,6 @@ def without_who(message: str) -> str:
     """What follows `rank 1/2 pod tiny-1 on node n2: `."""
     head, separator, rest = message.partition(": ")
     return rest if separator and head.startswith("rank ") else message
-
-
-MODEL_IMAGE_REMEDY = "correct spec.model.source or imagePullSecrets, or make the registry reachable"
-"""What to do about ImagePullFailed when the image is the model's."""
-
-ADAPTER_REMEDY = (
-    "correct spec.model.adapter.source: it must lead to a directory with adapter_config.json and adapters.safetensors"
-)
-"""What to do about ModelNotFound when it is the adapter that was not found."""
-
-
-def split_advice(message: str, reason: Reason, pods: Iterable[str]) -> tuple[str, str]:
-    """A message without its next step, and that step."""
-    for advice in (*(remedy(reason, pod) for pod in pods), reason.remedy, MODEL_IMAGE_REMEDY, ADAPTER_REMEDY):
-        if advice and message.endswith("; " + advice):
-            return message.removesuffix("; " + advice), advice
-    return message, reason.remedy
-
-
-def remedy(reason: Reason, pod: str | None) -> str:
-    """What to do, with the pod's name in the commands."""
-    return reason.remedy if pod is None else re.sub(r"\bPOD\b", pod, reason.remedy)
 
 
 def count(number: int, noun: str) -> str:

@@ -35,6 +35,8 @@ class NodeView:
     ready: bool
     since: datetime | None = None
     reason: str = ""
+    cordoned: bool = False
+    """No pod is placed there any more: `kubectl cordon`, or a drain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Refusal:
     """The API server's last answer to an attempt to create a child."""
 
     status: int
-    """HTTP status: 403 quota or policy, 409 the name belongs to somebody else, 422 invalid."""
+    """HTTP status: 400 or 403 quota or policy, 409 the name belongs to somebody else, 422 invalid, 500 a webhook."""
     message: str
     time: datetime
 
@@ -81,5 +83,5 @@ class Observed:
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     """By child name; removed when a later attempt succeeds."""
     pod_events: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """By pod uid: notes of the newest Warning events of a pod that waits, newest first (the scheduler's and the
-    kubelet's own words); read only for pods that are not running."""
+    """By pod uid: what Events say of a pod that waits, or of a container that ended of late, newest first (the
+    scheduler's and the kubelet's own words); not read for pods that run."""

@@ -73,10 +73,18 @@ class PodView:
     schedule_reason: str
     schedule_message: str
     ready: bool
+    ready_since: datetime | None
+    """When `ready` last changed."""
+    ready_words: str
+    """The kubelet's words about it."""
     disruption: str
     """Reason and message of DisruptionTarget, when somebody evicts it."""
     memory_limit: str | None
     container: Container
+    claims: tuple[str, ...] = ()
+    """Names of the PersistentVolumeClaims that it mounts."""
+    finalizers: tuple[str, ...] = ()
+    """What holds it when it is deleted."""
 
     @property
     def runs(self) -> bool:
@@ -94,6 +102,7 @@ def view(pod: Manifest) -> PodView:
     metadata, spec, status = pod["metadata"], pod.get("spec") or {}, pod.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions") or ()}
     scheduled, disruption = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
+    ready = conditions.get("Ready", {})
     owner: Mapping[str, Any] = next((o for o in metadata.get("ownerReferences") or () if o.get("controller")), {})
     rank = (metadata.get("labels") or {}).get(names.RANK_LABEL, "")
     return PodView(
@@ -115,10 +124,14 @@ def view(pod: Manifest) -> PodView:
         scheduled_at=time_of(scheduled.get("lastTransitionTime")),
         schedule_reason=scheduled.get("reason", ""),
         schedule_message=scheduled.get("message", ""),
-        ready=conditions.get("Ready", {}).get("status") == "True",
+        ready=ready.get("status") == "True",
+        ready_since=time_of(ready.get("lastTransitionTime")),
+        ready_words=_words(ready),
         disruption=_words(disruption) if disruption.get("status") == "True" else "",
         memory_limit=_memory_limit(spec),
         container=_container(status),
+        claims=_claims(spec),
+        finalizers=tuple(metadata.get("finalizers") or ()),
     )
 
 
@@ -166,3 +179,8 @@ def _memory_limit(spec: Mapping[str, Any]) -> str | None:
     )
     limit = ((container.get("resources") or {}).get("limits") or {}).get("memory")
     return None if limit is None else str(limit)
+
+
+def _claims(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    mounted = (volume.get("persistentVolumeClaim") or {} for volume in spec.get("volumes") or ())
+    return tuple(dict.fromkeys(claim["claimName"] for claim in mounted if claim.get("claimName")))

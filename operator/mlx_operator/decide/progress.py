@@ -35,3 +35,11 @@ def _downloads(report: RunnerReport) -> bool:
 def _coarse(done: int, total: int, age: timedelta) -> int:
     steps = 2 if age.total_seconds() <= QUICK_SECONDS else 10
     return done * steps // total * total // steps
+
+
+def awaited(report: RunnerReport | None) -> str:
+    """Whom a rank that connects waits for; empty where it waits for nobody."""
+    if report is None or not report.waiting_for:
+        return ""
+    ranks = ", ".join(str(rank) for rank in report.waiting_for[:8])
+    return f"waiting for rank{'s' if len(report.waiting_for) > 1 else ''} {ranks}"

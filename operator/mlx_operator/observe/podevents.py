@@ -1,4 +1,7 @@
-"""The scheduler's and the kubelet's own words about pods that do not run; no requests while all run."""
+"""The scheduler's and the kubelet's own words about pods that do not run, or whose container just ended.
+
+No requests while all run.
+"""
 
 import asyncio
 import logging
@@ -12,6 +15,7 @@ from mlx_operator.logs import decision
 from mlx_operator.observe.runners import address
 from mlx_operator.observe.shelf import Key, Manifest
 from mlx_operator.observe.store import Store
+from mlx_operator_api import names
 
 PATIENCE_SECONDS = 5.0
 PERIOD_SECONDS = 10.0
@@ -19,11 +23,23 @@ LONGEST_PERIOD_SECONDS = 60.0
 """For a pod of which nothing new was said for long."""
 SPACING_SECONDS = 0.1
 """Between two requests: a cluster that is full has many waiting pods."""
+ENDED_SECONDS = 30.0
+"""How long after the end of a container its Events are of interest."""
 _NOTES = 3
+_PLACED = ("FailedScheduling",)
+_MOUNTED = (*_PLACED, "FailedMount", "FailedAttachVolume", "FailedMapVolume", "FailedCreatePodSandBox")
+_OVERCOME = {
+    "Scheduled": _PLACED,
+    "SuccessfulAttachVolume": ("FailedAttachVolume",),
+    "Pulling": _MOUNTED,
+    "Pulled": _MOUNTED,
+    "Created": _MOUNTED,
+}
+"""Which warnings are over once the pod has got so far."""
 
 
 class PodEvents:
-    """Reads the Warning events of waiting pods, each pod at most once per period, all of them at a bounded rate."""
+    """Reads the Events of such pods, each pod at most once per period, all of them at a bounded rate."""
 
     def __init__(
         self, kube: Kube, store: Store, *, changed: Callable[[Key], None], now: Callable[[], datetime]
@@ -39,13 +55,22 @@ class PodEvents:
     def pod_changed(self, uid: str) -> None:
         """Begin or end to ask about a pod."""
         pod = self._store.pod(uid)
-        if pod is None or not waits(pod):
+        ended = pod is not None and self._ended_of_late(pod)
+        if pod is None or not (waits(pod) or ended):
             self._forget(uid)
             self._store.set_warnings(uid, ())
+        elif ended:
+            self._due[uid] = self._now()  # what it ended for is known now, and the next epoch does not wait for it
+            self._some.set()
         elif uid not in self._due:
             created = datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
             self._due[uid] = max(self._now(), created + timedelta(seconds=PATIENCE_SECONDS))
             self._some.set()
+
+    def _ended_of_late(self, pod: Manifest) -> bool:
+        finished = (last_end(pod) or {}).get("finishedAt")
+        since = timedelta(seconds=ENDED_SECONDS)
+        return finished is not None and self._now() - datetime.fromisoformat(finished) < since
 
     async def run(self) -> None:
         """Ask until cancelled."""
@@ -65,19 +90,18 @@ class PodEvents:
 
     async def _read(self, uid: str) -> None:
         pod = self._store.pod(uid)
-        if pod is None:
+        if pod is None or not (waits(pod) or self._ended_of_late(pod)):
             self._forget(uid)
             return
+        namespace = pod["metadata"]["namespace"]
         try:
-            events, _ = await self._kube.list(
-                CORE_EVENTS, pod["metadata"]["namespace"], fields=f"involvedObject.uid={uid},type=Warning"
-            )
+            events, _ = await self._kube.list(CORE_EVENTS, namespace, fields=f"involvedObject.uid={uid}")
         except KubeError as error:
-            decision("events of a waiting pod cannot be read", level=logging.WARNING, error=error, pod_uid=uid)
+            decision("events of a pod cannot be read", level=logging.WARNING, error=error, pod_uid=uid)
             return
         if uid not in self._due:  # it runs by now
             return
-        touched = self._store.set_warnings(uid, notes(events))
+        touched = self._store.set_warnings(uid, notes(events, last_end(pod)))
         for key in touched:
             self._changed(key)
         known = self._period.get(uid, PERIOD_SECONDS / 2)
@@ -95,15 +119,42 @@ def waits(pod: Manifest) -> bool:
     return address(pod) is None
 
 
-def notes(events: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Reason and message of the newest events, newest first, each text once."""
+def last_end(pod: Manifest) -> dict[str, Any] | None:
+    """How the runner container, or the one before it, ended; None: none ended."""
+    found = (pod.get("status") or {}).get("containerStatuses") or ()
+    entry: dict[str, Any] = next((c for c in found if c.get("name") == names.CONTAINER), {})
+    ended = (entry.get(kind, {}).get("terminated") for kind in ("state", "lastState"))
+    return next((end for end in ended if end), None)
+
+
+def notes(events: list[dict[str, Any]], ended: dict[str, Any] | None = None) -> tuple[str, ...]:
+    """Reason and message of the newest warnings that still hold, newest first, each text once.
+
+    Also why the kubelet killed a container that ended; what it said of containers before that one is left out.
+    """
     ordered = sorted(events, key=_moment, reverse=True)
-    texts = (f"{event.get('reason')}: {event.get('message')}" for event in ordered)
+    newest: dict[str, str] = {}
+    for event in ordered:
+        newest.setdefault(str(event.get("reason")), _moment(event))
+    said = (event for event in ordered if _holds(event, newest, (ended or {}).get("startedAt")))
+    texts = (f"{event.get('reason')}: {event.get('message')}" for event in said)
     return tuple(dict.fromkeys(texts))[:_NOTES]
+
+
+def _holds(event: dict[str, Any], newest: dict[str, str], started: str | None) -> bool:
+    reason, moment = event.get("reason"), _moment(event)
+    if reason in ("Killing", "Unhealthy"):
+        # Readiness probes fail whenever no model is loaded: only what ends a container counts.
+        fatal = "failed liveness probe" in event["message"] or "Liveness probe failed" in event["message"]
+        return fatal and started is not None and moment >= started.removesuffix("Z")
+    if event.get("type", "Warning") != "Warning":
+        return False
+    return all(moment >= newest.get(step, "") for step, over in _OVERCOME.items() if reason in over)
 
 
 def _moment(event: dict[str, Any]) -> str:
     series = event.get("series") or {}
     metadata = event.get("metadata") or {}
     last = series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
-    return str(last or metadata.get("creationTimestamp") or "")
+    # Fractions of a second only where the scheduler writes: without them all compare as text.
+    return str(last or metadata.get("creationTimestamp") or "").partition(".")[0].removesuffix("Z")

@@ -201,6 +201,7 @@ def node_view(node: Manifest) -> NodeView:
         ready=ready.get("status") == "True",
         since=datetime.fromisoformat(since) if since else None,
         reason=str(ready.get("reason") or ""),
+        cordoned=bool((node.get("spec") or {}).get("unschedulable")),
     )
 
 
