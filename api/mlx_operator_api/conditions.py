@@ -333,8 +333,8 @@ class Reason(StrEnum):
         "RunnerUnreachable",
         Retry.RESTART,
         "The operator hears nothing of a rank's supervisor although its pod runs: no connection, or a stopped process.",
-        "where there is no connection, check NetworkPolicies between the operator and the pods (port 8081), else the pod "
-        "and its node: kubectl describe pod POD",
+        "where there is no connection, check NetworkPolicies between the operator and the pods (port 8081), else the "
+        "pod and its node: kubectl describe pod POD",
     )
     REPORT_UNDECODABLE = (
         "ReportUndecodable",

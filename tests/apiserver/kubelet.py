@@ -66,6 +66,14 @@ class Container:
     started: str = ""
     ended: dict[str, Any] | None = None
     ready: bool = False
+    reason: str = ""
+    """Why its process ended, where the kubelet knows more than an exit code: OOMKilled."""
+    conditions: list[dict[str, Any]] = field(default_factory=list)
+    """Of the pod, besides those that are always there."""
+    changed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Status and time of its last change, by type of condition."""
+    over: bool = False
+    """The pod failed for good: nothing is reported of it any more."""
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
@@ -89,6 +97,14 @@ class Kubelet:
         self.containers: dict[str, Container] = {}
         self.held: set[str] = set()
         """Names of pods that are placed but whose container is not started (an image that cannot be pulled)."""
+        self.why: dict[str, tuple[str, str]] = {}
+        """Reason and message of the kubelet for the pods that are held."""
+        self.crashed: dict[str, dict[str, Any]] = {}
+        """How a container of these pods ended before, by name; as the kubelet tells it."""
+        self.unready: set[str] = set()
+        """Names of pods that cannot be reached by readiness probes."""
+        self.unplaceable = ""
+        """The scheduler's words about all pods that have no node yet; empty: they get one."""
         self.engine_plan = folder / "engine-plan.json"
         self._subnet = "127." + ".".join(str(random.randint(2, 250)) for _ in range(2))  # noqa: S311 (no secret)
         self._next = 1
@@ -121,8 +137,9 @@ class Kubelet:
         """The container of a pod by name."""
         return next(c for c in self.containers.values() if c.name == name)
 
-    def kill(self, name: str, *, engine: bool = True) -> None:
-        """SIGKILL a pod's supervisor, and by default its engine with it, as the kernel's OOM killer would."""
+    def kill(self, name: str, *, engine: bool = True, reason: str = "") -> None:
+        """SIGKILL a pod's supervisor, and by default its engine with it; `reason` is the kubelet's word: OOMKilled."""
+        self.of(name).reason = reason
         process = self.of(name).process
         assert process is not None
         for pid in [*(_children(process.pid) if engine else ()), process.pid]:
@@ -209,8 +226,30 @@ class Kubelet:
                 await self._delete(pod["metadata"]["namespace"], pod["metadata"]["name"], uid)
             elif not any(task.get_name() == "terminate" for task in container.tasks):
                 container.tasks.append(asyncio.create_task(self._terminate(container), name="terminate"))
+        elif container is None and self.unplaceable and not pod["spec"].get("nodeName"):
+            await self._not_placed(pod)
         elif container is None and self.places(pod):
             await self._place(pod)
+
+    async def _not_placed(self, pod: dict[str, Any]) -> None:
+        """As the scheduler says it: a condition, and nothing while that is the same."""
+        words = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": self.unplaceable}
+        known: dict[str, Any] = next(
+            (c for c in pod["status"].get("conditions", ()) if c["type"] == "PodScheduled"), {}
+        )
+        if known.get("message") == self.unplaceable:
+            return
+        body = {"status": {"conditions": [words | {"lastTransitionTime": _now()}]}}
+        metadata = pod["metadata"]
+        await _persist(
+            lambda: self._kube.merge_patch(PODS, metadata["namespace"], metadata["name"], body, subresource="status")
+        )
+
+    async def place_all(self) -> None:
+        """Nodes have room again."""
+        self.unplaceable = ""
+        for pod in (await self._kube.list(PODS, self._namespace, labels=names.INSTANCE_LABEL))[0]:
+            await self._seen(pod)
 
     async def _place(self, pod: dict[str, Any]) -> None:
         metadata = pod["metadata"]
@@ -233,7 +272,11 @@ class Kubelet:
     async def _live(self, container: Container) -> None:
         await self._bind(container)
         while container.name in self.held:
-            await self._report(container, {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}})
+            if container.ended is None and container.name in self.crashed:
+                before = self.crashed[container.name] | {"finishedAt": _now()}
+                container.ended, container.restarts = {"terminated": before}, 2
+            reason, message = self.why.get(container.name, ("ImagePullBackOff", "no such image"))
+            await self._report(container, {"waiting": {"reason": reason, "message": message}})
             await asyncio.sleep(0.2)
         while True:
             environment = await self._environment(container)
@@ -256,8 +299,12 @@ class Kubelet:
             finally:
                 probe.cancel()
             container.ready = False
+            if container.over:
+                return
             ended: dict[str, Any] = {"startedAt": container.started, "finishedAt": _now()}
             ended |= {"exitCode": code if code >= 0 else 128 - code, "reason": "Error" if code else "Completed"}
+            if container.reason:
+                ended["reason"], container.reason = container.reason, ""
             container.ended = {"terminated": ended}
             await self._report(container, {"terminated": ended})
             await asyncio.sleep(_RESTART_SECONDS)
@@ -303,7 +350,7 @@ class Kubelet:
             while True:
                 try:
                     async with session.get(url) as answer:
-                        ready = answer.status == 200
+                        ready = answer.status == 200 and container.name not in self.unready
                 except (aiohttp.ClientError, OSError, TimeoutError):
                     ready = False
                 if ready != container.ready:
@@ -335,11 +382,45 @@ class Kubelet:
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
 
+    async def evict(self, name: str, message: str) -> None:
+        """Say of a pod that it was ended for its node's sake, once its container is: it stays, Failed."""
+        container = self.of(name)
+        target = {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet", "message": message}
+        pod = await self._kube.get(PODS, container.namespace, name)
+        conditions = [*pod["status"]["conditions"], target | {"lastTransitionTime": _now()}]
+        body = {"phase": "Failed", "reason": "Evicted", "message": message, "conditions": conditions}
+        await _persist(
+            lambda: self._kube.merge_patch(PODS, container.namespace, name, {"status": body}, subresource="status")
+        )
+
+    async def disrupt(self, name: str, reason: str, message: str) -> None:
+        """Announce the end of a pod, then delete it, as the scheduler and the controllers do."""
+        container = self.of(name)
+        target = {"type": "DisruptionTarget", "status": "True", "reason": reason, "message": message}
+        container.conditions = [target | {"lastTransitionTime": _now()}]
+        await self._report(container, {"running": {"startedAt": container.started}})
+        await self._kube.delete(PODS, container.namespace, name, uid=container.uid)
+
+    def _conditions(self, container: Container, ready: str) -> list[dict[str, Any]]:
+        found = list(container.conditions)
+        for kind, status in (("PodScheduled", "True"), ("ContainersReady", ready), ("Ready", ready)):
+            known = container.changed.get(kind)
+            if known is None or known[0] != status:
+                container.changed[kind] = (status, _now())
+            entry = {"type": kind, "status": status, "lastTransitionTime": container.changed[kind][1]}
+            if status == "False":
+                words = f"containers with unready status: [{names.CONTAINER}]"
+                entry |= {"reason": "ContainersNotReady", "message": words}
+            found.append(entry)
+        return found
+
     async def _report(self, container: Container, state: dict[str, Any]) -> None:
+        if container.over:
+            return
         ready = "True" if container.ready else "False"
         status: dict[str, Any] = {"name": names.CONTAINER, "ready": container.ready, "state": state, "image": "fake"}
         status |= {"restartCount": container.restarts, "imageID": "fake", "started": "running" in state}
-        if container.ended is not None and "running" in state:
+        if container.ended is not None and "terminated" not in state:
             status["lastState"] = container.ended
         runs = "running" in state or "terminated" in state
         body: dict[str, Any] = {
@@ -349,11 +430,7 @@ class Kubelet:
             "hostIP": "127.0.0.1",
             "hostIPs": [{"ip": "127.0.0.1"}],
             "containerStatuses": [status],
-            "conditions": [
-                {"type": "PodScheduled", "status": "True", "lastTransitionTime": _now()},
-                {"type": "ContainersReady", "status": ready, "lastTransitionTime": _now()},
-                {"type": "Ready", "status": ready, "lastTransitionTime": _now()},
-            ],
+            "conditions": self._conditions(container, ready),
         }
         if not runs:
             del body["podIP"], body["podIPs"]

@@ -71,7 +71,7 @@ async def test_a_container_that_ended_is_told_with_the_kubelets_word(shared: Wor
         state=None,
         reason=Reason.RUNNER_UNREACHABLE,
         condition=ConditionType.READY,
-        says="rank 1/2 pod tiny-1 on node n2: its container runs, but its supervisor cannot be reached: …",
+        says="rank 1/2 pod tiny-1 on node n2: its container runs, but its supervisor was not reached within … s: …",
         within=30.0,
         then="the user: as the message says; then by itself",
     )
