@@ -38,7 +38,7 @@ class Age(IntEnum):
 
     @property
     def passed(self) -> timedelta:
-        return timedelta(seconds=(0.5, 8.0, 4000.0)[self])
+        return timedelta(seconds=(0.5, 7.0, 4000.0)[self])
 
 
 class Sight(NamedTuple):
@@ -107,7 +107,7 @@ class Operator:
                 "model": {"source": "pvc://models/tiny"},
                 "runners": size,
                 "restartPolicy": {"maxRestarts": budget},
-                "deadlines": {"download": "10m"},
+                "deadlines": {"download": "10m", "unreachable": "15s"},
             },
         }
         wanted = spec.parse(self._instance)
