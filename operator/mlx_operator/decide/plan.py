@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from mlx_operator_api.conditions import Reason
+from mlx_operator_api.runner import TRANSIENT
 from mlx_operator_api.status import Status
 
 from . import children, downloads, epoch, events, facts, failure, picture, problems, restart, runners, tasks, writes
@@ -76,6 +77,8 @@ def _conclude(view: Picture, status: Status, opened: Reason | None) -> Plan:
     status = finish(status, facts.all_of(situation), view.stored, view.wanted.generation, view.clock)
     told = events.tell(view.stored, Situation(view, status, situation.problem), opened)
     sent = tasks.send(view, status)
-    written = writes.worth_writing(view.stored, status, view.clock, moving=bool(sent))
+    # A state with a deadline is recorded all the same: its time counts from there.
+    moving = bool(sent) and not any(record.state in TRANSIENT for record in status.runners)
+    written = writes.worth_writing(view.stored, status, view.clock, moving=moving)
     actions = (*children.keep(view, status), *sent)
     return Plan(written, actions, told if written is status else (), view.clock.requeue_at)
