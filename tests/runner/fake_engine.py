@@ -199,7 +199,9 @@ class FakeEngine:
         if self.rank == 0:
             self.tell_all(b"w")
         else:
+            self.progress.write(Phase.WAITING, waiting_for=0)
             self.warm.wait()
+            self.progress.write(Phase.IDLE)
         self.say(channel.WarmedUp())
 
     def generate(self, command: channel.Generate) -> None:

@@ -7,6 +7,7 @@ Each pod has an address of 127.0.0.0/8 to itself.
 
 import asyncio
 import random
+import signal
 import socket
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -103,16 +104,18 @@ class InstantKubelet(Kubelet):
         await super().__aexit__(*error)
 
     # -- faults
-    def kill_engine(self, name: str) -> int:
+    def kill_engine(self, name: str, number: int = signal.SIGKILL) -> int:
         """SIGKILL the engine of a pod."""
+        assert number == signal.SIGKILL, "here it is no process"
         engine = self.supervisors[self.of(name).uid].instant.used
         assert engine is not None
         engine.kill()
         return engine.pid
 
-    def kill(self, name: str, *, engine: bool = True) -> None:
+    def kill(self, name: str, *, engine: bool = True, reason: str = "") -> None:
         """SIGKILL a pod's whole container."""
         assert engine, "here they are one process"
+        self.of(name).reason = reason
         self.supervisors[self.of(name).uid].die()
 
     # -- one pod

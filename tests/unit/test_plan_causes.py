@@ -29,6 +29,13 @@ LEVEL = (
 ACCOUNT = 'pods "tiny-0" is forbidden: error looking up service account default/robot: serviceaccount "robot" not found'
 PRIORITY = 'pods "tiny-0" is forbidden: no PriorityClass with name gold was found'
 RUNTIME = 'pods "tiny-0" is forbidden: pod rejected: RuntimeClass "gvisor" not found'
+
+
+def of_field(words: str, name: str) -> str:
+    """The API server's words, with the field of ours that they are about."""
+    return words.replace("is forbidden: ", f"is forbidden: spec.runner.{name}: ")
+
+
 DENIED = 'admission webhook "policy.example.com" denied the request: no image from this registry'
 POLICY = (
     "pods \"tiny-0\" is forbidden: ValidatingAdmissionPolicy 'limits' with binding 'all' denied request: "
@@ -154,16 +161,16 @@ ROWS: dict[str, Row] = {
         "change the level that the namespace enforces, or correct spec.runner as the message says",
     ),
     "service account": Row(
-        refused(403, ACCOUNT), Reason.POD_REFUSED, True, ACCOUNT,
+        refused(403, ACCOUNT), Reason.POD_REFUSED, True, of_field(ACCOUNT, "serviceAccountName"),
         "create the ServiceAccount robot in the namespace of the ModelInstance, or correct "
         "spec.runner.serviceAccountName",
     ),
     "priority class": Row(
-        refused(403, PRIORITY), Reason.POD_REFUSED, True, PRIORITY,
+        refused(403, PRIORITY), Reason.POD_REFUSED, True, of_field(PRIORITY, "priorityClassName"),
         "create the PriorityClass gold, or correct spec.runner.priorityClassName",
     ),
     "runtime class": Row(
-        refused(403, RUNTIME), Reason.POD_REFUSED, True, RUNTIME,
+        refused(403, RUNTIME), Reason.POD_REFUSED, True, of_field(RUNTIME, "runtimeClassName"),
         "create the RuntimeClass gvisor, or correct spec.runner.runtimeClassName",
     ),
     "webhook that denies": Row(

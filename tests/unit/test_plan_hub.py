@@ -313,7 +313,8 @@ def test_what_is_wrong_with_the_adapter_comes_with_a_remedy_for_the_adapter() ->
     cluster.run(30)
     stalled = condition(cluster, ConditionType.STALLED)
     assert stalled.reason is Reason.MODEL_NOT_FOUND
+    assert "has no adapters.safetensors; tried again every 5 minutes" in stalled.message
     assert stalled.message.endswith(
-        "has no adapters.safetensors; correct spec.model.adapter.source: it must lead to a directory with "
+        "; correct spec.model.adapter.source: it must lead to a directory with "
         "adapter_config.json and adapters.safetensors"
     )

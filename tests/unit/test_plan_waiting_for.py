@@ -1,4 +1,4 @@
-"""A ConnectTimeout is told by the rank that waits: the word of the rank it waits for goes before it."""
+"""A timeout is told by the rank that waits: the word of the rank it waits for goes before it."""
 
 from collections.abc import Callable
 
@@ -105,3 +105,21 @@ def test_a_rank_that_is_waited_for_and_waits_for_nobody_is_the_cause(late: bool)
     failure = see(cluster)
     assert (failure.rank, failure.reason, len(cluster.status.history)) == (1, Reason.CONNECT_TIMEOUT, 1)
     assert late or failure.consequences == (0, 2)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["together", "later"])
+def test_a_warm_up_that_waits_for_another_rank_yields_to_the_word_of_that_one(late: bool) -> None:
+    cluster = Cluster(runners=2)
+    warming = [RunnerState.WARMING_UP] * 2
+    cluster.run(until=lambda: [s.report.state for s in cluster.supervisors()] == warming)
+    cluster.hear_all()
+    cluster.reconcile()
+    cluster.supervisor(1).fail(
+        Reason.WARMUP_TIMEOUT, "warm-up not done within 300 s, step 1, waiting for rank 0", peer=0
+    )
+    if late:
+        assert see_at_last(cluster).rank == 1
+    cluster.supervisor(0).fail(Reason.WARMUP_TIMEOUT, "warm-up not done within 300 s, step 0")
+    failure = see(cluster)
+    assert (failure.rank, failure.reason, len(cluster.status.history)) == (0, Reason.WARMUP_TIMEOUT, 1)
+    assert late or failure.consequences == (1,)

@@ -276,3 +276,8 @@ def test_bytes_are_written_as_kubernetes_writes_them() -> None:
 def test_exit_codes_are_decoded() -> None:
     exits = [evidence.decode(code, 0, ()) for code in (0, 70, -signal.SIGSEGV, -40)]
     assert [(e.code, e.signal) for e in exits] == [(0, None), (70, None), (None, "SIGSEGV"), (None, "SIG40")]
+
+
+def test_a_warm_up_that_waited_for_another_rank_names_it() -> None:
+    found = of_deadline(Reason.WARMUP_TIMEOUT, 40.0, report(), Sharding.PIPELINE, steps=7, started=True, waiting_for=0)
+    assert (found.message, found.peer) == ("warm-up not done within 40 s, step 7, waiting for rank 0", 0)

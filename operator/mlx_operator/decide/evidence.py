@@ -28,6 +28,8 @@ _TAINTED = "DeletionByTaintManager"
 """Why the node's taints end a pod: all that is known of a lost node by who may not read nodes."""
 _NAMED = re.compile(r"\brank ([0-9]+)\b")
 _WEAK, _VAGUE, _GENERIC, _SPECIFIC = 4, 3, 2, 1
+_WAITS = (Reason.CONNECT_TIMEOUT, Reason.WARMUP_TIMEOUT)
+"""What a rank reports that waited for another one in vain, if it names one."""
 _STRENGTH = {
     Reason.PEER_LOST: _WEAK,
     Reason.RUNNER_UNREACHABLE: _VAGUE,
@@ -54,7 +56,7 @@ class Evidence:
     signal: str | None = None
     diagnostics: tuple[str, ...] = ()
     accused: int | None = None
-    """The rank that a PeerLost or a ConnectTimeout names."""
+    """The rank that a PeerLost names, or a timeout that waited for it."""
     tentative: bool = False
     """News that is due may explain it: the deletion of a pod may be watched after its SIGTERM was reported, and a rank
     that is waited for has a word of its own a moment later."""
@@ -83,26 +85,26 @@ def strength(reason: Reason) -> int:
 def nearest(found: Sequence[Evidence]) -> Evidence:
     """The evidence nearest to a root cause; the word of a rank that others only wait for goes before theirs."""
     best = min(found, key=lambda e: (e.strength, e.time, e.rank))
-    if best.reason is not Reason.CONNECT_TIMEOUT:
+    if best.reason not in _WAITS:
         return best
-    accused = {e.accused for e in found if e.reason is Reason.CONNECT_TIMEOUT}
+    accused = {e.accused for e in found if e.reason in _WAITS}
     own = [e for e in found if e.rank in accused and e.strength == best.strength and _waits_for_nobody(e)]
     return min(own, key=lambda e: (e.time, e.rank), default=best)
 
 
 def _waits_for_nobody(found: Evidence) -> bool:
-    return found.reason is not Reason.CONNECT_TIMEOUT or found.accused is None
+    return found.reason not in _WAITS or found.accused is None
 
 
 def better(new: Evidence, old_reason: Reason, old_rank: int | None, found: Sequence[Evidence] = ()) -> bool:
     """Whether new evidence replaces the recorded cause: stronger, and not somebody else's later trouble.
 
-    A ConnectTimeout also yields to the equally strong word of the rank that it waits for.
+    A timeout that waited for another rank also yields to the equally strong word of that one.
     """
     old = strength(old_reason)
     if new.rank == old_rank and outranks(new.reason, old_reason):
         return True
-    if old_reason is Reason.CONNECT_TIMEOUT and _waits_for_nobody(new) and new.strength == old:
+    if old_reason in _WAITS and _waits_for_nobody(new) and new.strength == old:
         return any(e.rank == old_rank and e.accused == new.rank for e in found)
     return new.strength < old and (old > _GENERIC or (old == _GENERIC and new.rank == old_rank))
 
@@ -202,10 +204,12 @@ def _report(rank: Rank, epoch: int, ended_by_us: bool) -> Evidence | None:
 
 def _accused(reason: Reason, report: RunnerReport | None, message: str) -> int | None:
     """The rank that a consequence blames: the report's word, else the one that the message names."""
-    if reason not in (Reason.PEER_LOST, Reason.CONNECT_TIMEOUT):
+    if reason not in (Reason.PEER_LOST, *_WAITS):
         return None
     if report is not None and report.peer is not None:
         return report.peer
+    if reason is Reason.WARMUP_TIMEOUT:
+        return None
     if report is not None and report.waiting_for:
         return report.waiting_for[0]
     named = _NAMED.search(message)
@@ -226,7 +230,7 @@ def _from_failure(rank: Rank, failure: LastFailure, accused: int | None) -> Evid
         signal=failure.signal,
         diagnostics=failure.diagnostics,
         accused=accused,
-        tentative=failure.reason is Reason.CONNECT_TIMEOUT and accused is not None,
+        tentative=failure.reason in _WAITS and accused is not None,
     )
 
 

@@ -16,7 +16,7 @@ from .evidence import Exit, meaningful
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """`peer`: the rank that a PeerLost accuses."""
+    """`peer`: the rank that a PeerLost accuses, or that was waited for in vain."""
 
     reason: Reason
     message: str
@@ -40,9 +40,17 @@ def of_exit(exit_: Exit, report: RunnerReport) -> Diagnosis:
 
 
 def of_deadline(
-    reason: Reason, seconds: float, report: RunnerReport, sharding: Sharding, *, steps: int, started: bool
+    reason: Reason,
+    seconds: float,
+    report: RunnerReport,
+    sharding: Sharding,
+    *,
+    steps: int,
+    started: bool,
+    waiting_for: int | None = None,
 ) -> Diagnosis:
-    """A transient state lasted longer than its deadline: say what was waited for."""
+    """A transient state lasted longer than its deadline: say what was waited for, and for which rank if known."""
+    peer = None
     match reason:
         case Reason.CONNECT_TIMEOUT:
             message = f"not connected within {seconds:g} s: {_missing(report, sharding)}"
@@ -51,7 +59,9 @@ def of_deadline(
             message = f"not loaded within {seconds:g} s: {report.layers_loaded}/{total} layers"
         case _:
             message = f"warm-up not done within {seconds:g} s, step {steps}"
-    return Diagnosis(reason, message if started else f"{message}; the engine had not started yet")
+            if waiting_for is not None:
+                peer, message = waiting_for, f"{message}, waiting for rank {waiting_for}"
+    return Diagnosis(reason, message if started else f"{message}; the engine had not started yet", peer)
 
 
 def _missing(report: RunnerReport, sharding: Sharding) -> str:

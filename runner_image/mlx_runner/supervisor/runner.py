@@ -343,9 +343,20 @@ class Runner:
         self._deadline = asyncio.get_running_loop().call_later(seconds, self._missed, reason, seconds)
 
     def _missed(self, reason: Reason, seconds: float) -> None:
-        steps, started = (self.engine.progress.steps, self.engine.started) if self.engine else (0, False)
-        report = self._machine.report
-        self._blame(diagnosis.of_deadline(reason, seconds, report, self.facts.sharding, steps=steps, started=started))
+        last, started = (self.engine.progress, self.engine.started) if self.engine else (None, False)
+        self._blame(
+            diagnosis.of_deadline(
+                reason,
+                seconds,
+                self._machine.report,
+                self.facts.sharding,
+                steps=last.steps if last else 0,
+                started=started,
+                waiting_for=last.waiting_for
+                if last and last.phase is Phase.WAITING and last.waiting_for >= 0
+                else None,
+            )
+        )
 
     def _cancel_deadline(self) -> None:
         if self._deadline is not None:
