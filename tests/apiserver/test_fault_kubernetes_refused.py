@@ -126,7 +126,7 @@ async def test_a_limit_range_is_told_and_its_end_is_noticed(place: World, row: F
         "service-account",
         "ServiceAccount missing",
         "spec.runner.serviceAccountName names one that does not exist",
-        f'{FORBIDDEN}error looking up service account …/robot: serviceaccount "robot" not found{BOTH}create the '
+        f'{FORBIDDEN}spec.runner.serviceAccountName: error looking up service account …/robot: serviceaccount "robot" not found{BOTH}create the '
         "ServiceAccount robot in the namespace of the ModelInstance, or correct spec.runner.serviceAccountName",
     )
 )
@@ -142,7 +142,7 @@ async def test_a_missing_service_account_is_named_and_its_creation_is_noticed(pl
         "priority-class",
         "PriorityClass missing",
         "spec.runner.priorityClassName names one that does not exist",
-        f"{FORBIDDEN}no PriorityClass with name gold was found{BOTH}create the PriorityClass gold, or correct "
+        f"{FORBIDDEN}spec.runner.priorityClassName: no PriorityClass with name gold was found{BOTH}create the PriorityClass gold, or correct "
         "spec.runner.priorityClassName",
         then="the user: creates it, or corrects the spec",
     )

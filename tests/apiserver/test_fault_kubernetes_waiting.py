@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mlx_operator.act.resources import INSTANCES
 from mlx_operator_api.conditions import ConditionType, Reason
 from tests.apiserver import injection
 from tests.apiserver.faulting import seen
@@ -217,3 +218,66 @@ async def test_a_deadline_says_how_long_was_waited_and_for_what(place: World, wh
     injection.released(place)
     await place.kubelet.place_all()
     await place.until_ready()
+
+
+NO_IMAGE_VOLUMES = "image volume is not supported by the container runtime"
+
+
+@fault(
+    row(
+        "no-scheduler",
+        "no scheduler",
+        "nobody says anything of a pod that is not placed",
+        Reason.SCHEDULE_TIMEOUT,
+        "rank 0/1 pod tiny-0: not placed within 2 s: the scheduler said nothing: is it running?; see the scheduler's "
+        "words in the message",
+        ranks=1,
+        rank=0,
+        condition=ConditionType.STALLED,
+        within=600.0,
+    ),
+    row(
+        "slow-start",
+        "a container that does not start",
+        "the kubelet says ContainerCreating and nothing else",
+        Reason.PULL_TIMEOUT,
+        "rank 0/1 pod tiny-0 on node n1: its container did not start within 2 s: ContainerCreating; see the kubelet's "
+        "words in the message",
+        ranks=1,
+        rank=0,
+        condition=ConditionType.STALLED,
+        within=600.0,
+    ),
+    row(
+        "image-volume",
+        "a node without image volumes",
+        "the kubelet's CreateContainerError (the words are made up: no such node was at hand)",
+        Reason.IMAGE_VOLUME_UNSUPPORTED,
+        f"rank 0/1 pod tiny-0 on node n1: CreateContainerError: {NO_IMAGE_VOLUMES}; upgrade the nodes, or use a pvc:// "
+        "source",
+        ranks=1,
+        rank=0,
+    ),
+)
+async def test_what_nobody_or_only_the_runtime_explains_is_told_with_how_long_was_waited(
+    place: World, row: Fault
+) -> None:
+    await place.operator()
+    spec: dict[str, Any] = {"deadlines": {"schedule": "2s", "pull": "2s"}}
+    match row.id:
+        case "kube-no-scheduler":
+            spec["runner"] = {"nodeSelector": {"disk": "ssd"}}
+        case "kube-slow-start":
+            injection.held(place, "ContainerCreating", "", "tiny-0")
+        case _:
+            injection.held(place, "CreateContainerError", NO_IMAGE_VOLUMES, "tiny-0")
+            spec["model"] = {"source": "oci://registry.example/tiny:1"}
+    began = time.monotonic()
+    await place.create(runners=row.ranks, **spec)
+    await seen(place, row, since=began)
+    if row.id == "kube-no-scheduler":
+        healed = {"spec": {"runner": {"nodeSelector": None}}}
+        await place.kube.merge_patch(INSTANCES, place.namespace, "tiny", healed)
+    injection.released(place)
+    if row.id != "kube-image-volume":  # this kubelet brings models by claims only
+        await place.until_ready()
