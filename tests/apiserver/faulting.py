@@ -111,6 +111,34 @@ def normal(text: str, namespace: str) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines() if line.strip()) + "\n"
 
 
+def settled(text: str) -> str:
+    """A text of `kubectl describe` without what depends on who was quicker.
+
+    A rank that was taken along is shut down by the operator, or tells of its lost peer first; a download that is slow
+    has found out its commit when its time is over, or not.
+    """
+    ranks = set(re.findall(r"^    rank (\d+)/.* \(consequence\)", text, re.MULTILINE))
+    text = re.sub(r"^(    rank \d+/.*: )\S+ \(consequence\).*$", r"\1(consequence)", text, flags=re.MULTILINE)
+    text = re.sub(r"^    Revision: .*\n", "", text, flags=re.MULTILINE)
+    head, runners, rest = text.partition("\n  Runners:\n")
+    entries, more, tail = rest.partition("\n  Runners Ready:")
+    parts = re.split(r"^(?=    Epoch:)", entries + "\n", flags=re.MULTILINE)
+    kept = (_unhurried(part) if (_rank_of(part) in ranks) else part for part in parts)
+    return head + runners + "".join(kept) + more + tail
+
+
+def _rank_of(entry: str) -> str:
+    found = re.search(r"^    Rank: +(\d+)$", entry, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _unhurried(entry: str) -> str:
+    """An entry of `status.runners` without how its rank ended."""
+    entry = re.sub(r"^    Last Failure:\n(      .*\n)+", "", entry, flags=re.MULTILINE)
+    entry = re.sub(r"^    (Progress|State|Layers): .*\n", "", entry, flags=re.MULTILINE)
+    return re.sub(r": +", ": ", entry)  # as wide as the longest name
+
+
 async def started(place: World, row: Fault, *, hold: str = "", **spec: Any) -> None:
     """Create the instance that a row needs; its next failure leaves time to look at it.
 

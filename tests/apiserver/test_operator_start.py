@@ -66,10 +66,11 @@ async def test_an_unreachable_api_server_is_waited_for(place: World) -> None:
 
 async def test_an_operator_confined_to_a_namespace_serves_it_without_cluster_wide_permissions(place: World) -> None:
     place.confine()
+    mark = place.audit.mark()
     operator = await place.operator("--watch-namespace", place.namespace)
     await place.create(runners=1)
     await place.until_ready()
-    seen = place.audit.requests(user=place.user)
+    seen = place.audit.requests(mark, user=place.user)
     assert {r.resource for r in seen if r.code == 403} == set()
     assert "nodes" not in {r.resource for r in seen}
     assert operator.process.returncode is None

@@ -17,6 +17,7 @@ from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.schema import VALIDATIONS
 from mlx_operator_api.status import (
     MAX_HISTORY,
+    AdapterStatus,
     Condition,
     GroupFailure,
     LastFailure,
@@ -190,7 +191,9 @@ def maximal() -> Status:
         restarts=5,
         next_restart_at=NOW,
         endpoint="http://x.default.svc:8080/v1",
-        model=ModelStatus(source="s", revision="r", digest="d", bytes=2**40),
+        model=ModelStatus(
+            source="s", revision="r", digest="d", bytes=2**40, adapter=AdapterStatus(source="s", revision="r")
+        ),
         runner_image="i",
         template_hash="t",
         spec_hash="s",
