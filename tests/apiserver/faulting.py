@@ -84,7 +84,7 @@ async def _shown(place: World, row: Fault, name: str) -> None:
         if last:
             await asyncio.sleep(0.3)
         last = await describe(place, name)
-        return last == golden
+        return settled(last) == settled(golden)
 
     try:
         await eventually(same, "the text is the golden one", SAME_SECONDS)

@@ -142,8 +142,11 @@ class Kubelet:
         self.of(name).reason = reason
         process = self.of(name).process
         assert process is not None
-        for pid in [*(_children(process.pid) if engine else ()), process.pid]:
-            os.kill(pid, signal.SIGKILL)
+        children = _children(process.pid) if engine else []
+        # The supervisor first: it must not live to tell of its engine.
+        for pid in [process.pid, *children]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def kill_engine(self, name: str, number: int = signal.SIGKILL) -> int:
         """Signal the engine that a pod's supervisor uses (the oldest child); returns its pid."""
