@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_operator.act.resources import INSTANCES
 from mlx_operator_api import names
-from mlx_operator_api.conditions import ConditionType
+from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState
 from tests.apiserver.crd.kubectl import Kubectl
 from tests.apiserver.harness import Manifest, World, condition, eventually, is_ready
@@ -119,7 +119,8 @@ def settled(text: str) -> str:
     """
     ranks = set(re.findall(r"^    rank (\d+)/.* \(consequence\)", text, re.MULTILINE))
     text = re.sub(r"^(    rank \d+/.*: )\S+ \(consequence\).*$", r"\1(consequence)", text, flags=re.MULTILINE)
-    text = re.sub(r"^    Revision: .*\n", "", text, flags=re.MULTILINE)
+    if Reason.DOWNLOAD_TIMEOUT in text:
+        text = re.sub(r"^    Revision: .*\n", "", text, flags=re.MULTILINE)
     head, runners, rest = text.partition("\n  Runners:\n")
     entries, more, tail = rest.partition("\n  Runners Ready:")
     parts = re.split(r"^(?=    Epoch:)", entries + "\n", flags=re.MULTILINE)
