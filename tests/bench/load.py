@@ -23,7 +23,7 @@ class Stream:
 
 @dataclass(slots=True)
 class Sample:
-    """Some requests that began together."""
+    """Some requests that began together, or several times such; `seconds` is the time of all."""
 
     seconds: float = 0.0
     streams: list[Stream] = field(default_factory=list)
@@ -78,6 +78,16 @@ async def together(url: str, model: str, prompts: Sequence[str], tokens: int) ->
         started = time.perf_counter()
         streams = await asyncio.gather(*(complete(http, url, model, prompt, tokens) for prompt in prompts))
         return Sample(time.perf_counter() - started, list(streams))
+
+
+async def in_turn(url: str, model: str, rounds: Sequence[Sequence[str]], tokens: int) -> Sample:
+    """Several rounds of prompts, one after the other; the time between them does not count."""
+    found = Sample()
+    for prompts in rounds:
+        sample = await together(url, model, prompts, tokens)
+        found.seconds += sample.seconds
+        found.streams += sample.streams
+    return found
 
 
 async def late(url: str, model: str, others: Sequence[str], long: str, short: str, delay: float) -> Stream:

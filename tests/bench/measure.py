@@ -1,6 +1,7 @@
 """The measurements, each taken from both servers in turn."""
 
 import asyncio
+import math
 import statistics
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ class Plan:
     """Tokens of an answer."""
     long: int
     """Tokens of the prompt that a late short request finds in its way."""
+    least: int = 64
+    """Tokens of a round: where few requests run at once, they are asked several times, one after the other."""
     late_after: float = 0.3
     """Seconds between the long prompt and the late short request."""
     late_beside: int = 4
@@ -91,12 +94,13 @@ async def everything(servers: Sequence[Server], prompts: Prompts, plan: Plan) ->
 async def _throughput(
     servers: Sequence[Server], figures: list[Figures], prompts: Prompts, plan: Plan, concurrency: int
 ) -> None:
+    times = math.ceil(plan.least / (plan.answer * concurrency))
     for number, order in _turns(servers, plan):
-        texts = [prompts.make(plan.prompt) for _ in range(concurrency)]
+        texts = [[prompts.make(plan.prompt) for _ in range(concurrency)] for _ in range(times)]
         for at in order:
             server, mine = servers[at], figures[at]
             before = sum(cpu_seconds(pids) for pids in server.ranks())
-            sample = await _alone(server, load.together(server.url, server.model, texts, plan.answer))
+            sample = await _alone(server, load.in_turn(server.url, server.model, texts, plan.answer))
             mine.busy[concurrency] = (
                 mine.busy.get(concurrency, 0.0) + sum(cpu_seconds(pids) for pids in server.ranks()) - before
             )

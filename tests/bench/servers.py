@@ -23,6 +23,7 @@ from tests.runner.engine_ranks import OPENBLAS
 MODEL_NAME = "tiny"
 """Directory of the model, and the name that it is served by: that of tests/runner/supervisors.py."""
 _START_SECONDS = 120.0
+_REST_CORES = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,19 @@ class Ours:
         """Supervisor and engine of each pod."""
         return [[pod.pid, *pod.engines()] for pod in self._group.pods]
 
+    async def at_rest(self) -> None:
+        """The spare engines are started once the group is Ready, and read their libraries beside the first answers."""
+        deadline, busy = time.monotonic() + _START_SECONDS, True
+        while busy:
+            before = self._cpu_of_all()
+            await asyncio.sleep(1.0)  # a measurement over a time
+            busy = not all(pod.spares() for pod in self._group.pods) or self._cpu_of_all() - before > _REST_CORES
+            if busy and time.monotonic() > deadline:
+                raise RuntimeError(f"{self.name} is still busy {_START_SECONDS:.0f} s after it was Ready")
+
+    def _cpu_of_all(self) -> float:
+        return sum(cpu_seconds([pod.pid, *pod.children()]) for pod in self._group.pods)
+
     def pause(self) -> None:
         """Nothing to do: an idle group sleeps."""
 
@@ -114,7 +128,9 @@ async def ours(home: Path, models: Path, shape: Shape, serving: ServingOptions) 
         group.sharding = shape.sharding
         group.serving = serving
         await group.ready()
-        yield Ours(group)
+        server = Ours(group)
+        await server.at_rest()
+        yield server
 
 
 @contextlib.asynccontextmanager
