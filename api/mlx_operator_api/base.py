@@ -2,7 +2,8 @@
 
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from functools import lru_cache
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema
 from pydantic.alias_generators import to_camel
@@ -22,6 +23,11 @@ class Strict(BaseModel):
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid", use_attribute_docstrings=True
     )
+
+    def revised(self, **changes: Any) -> Self:
+        """Itself where nothing changes, else a copy: `model_copy` is dear, and most plans change nothing."""
+        differ = any(getattr(self, name) != value for name, value in changes.items())
+        return self.model_copy(update=changes) if differ else self
 
 
 def format_time(value: datetime) -> str:
@@ -50,6 +56,7 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 DURATION_PATTERN = r"^([0-9]+(ms|s|m|h))+$"
 
 
+@lru_cache(maxsize=1024)
 def seconds(text: str) -> float:
     """Seconds of a duration such as `90s`, `1h30m` or `500ms`.
 

@@ -51,6 +51,8 @@ class Reason(StrEnum):
     """What it means and who sets it."""
     remedy: str
     """What the user should do; empty where there is nothing to do."""
+    ordinal: int
+    """Position in the lifecycle; the same for ever within a release."""
 
     def __new__(cls, value: str, retry: Retry, meaning: str, remedy: str = "") -> "Reason":  # noqa: D102
         member = str.__new__(cls, value)
@@ -58,13 +60,9 @@ class Reason(StrEnum):
         member.retry = retry
         member.meaning = meaning
         member.remedy = remedy
+        member.ordinal = len(cls.__members__)
         member.__doc__ = meaning
         return member
-
-    @property
-    def ordinal(self) -> int:
-        """Position in the lifecycle; the same for ever within a release."""
-        return list(type(self)).index(self)
 
     # -- steps of the lifecycle (Normal events; reasons of conditions while things go well)
     UNKNOWN = "Unknown", Retry.NONE, "Nothing was observed yet. Set by the operator on the first pass."

@@ -177,8 +177,14 @@ class Status(Strict):
 
     def condition(self, kind: ConditionType) -> Condition | None:
         """The condition of a type, or None before the first pass."""
-        return next((c for c in self.conditions if c.type is kind), None)
+        for condition in self.conditions:
+            if condition.type is kind:
+                return condition
+        return None
 
     def runner(self, rank: int) -> RunnerStatus:
         """The entry of a rank; an empty one where there is none yet."""
-        return next((r for r in self.runners if r.rank == rank), None) or RunnerStatus(rank=rank)
+        for runner in self.runners:
+            if runner.rank == rank:
+                return runner
+        return RunnerStatus(rank=rank)

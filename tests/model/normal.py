@@ -4,15 +4,17 @@ Nothing is left out that `plan()` or the transition table looks at, but for the 
 """
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
+from functools import cache
+from typing import Literal
 
 from mlx_operator.decide.failure import pending
 from mlx_operator.decide.picture import assigned
 from mlx_operator.decide.restart import open_failure
 from mlx_operator_api.conditions import ConditionType, Reason, Retry
-from mlx_operator_api.runner import RunnerState
+from mlx_operator_api.runner import ENDED, RunnerState, TaskName
 from mlx_operator_api.status import Condition, GroupFailure, LastFailure, RunnerStatus, Status
-from mlx_operator_api.tasks import RunnerReport, TaskOutcome
+from mlx_operator_api.tasks import RunnerReport, TaskOutcome, TaskPhase
 
 from .state import T0
 
@@ -21,6 +23,7 @@ LATER = T0 + timedelta(seconds=3)
 LONG_AGO = T0 - timedelta(hours=2)
 """Since when Ready was True where it was so for longer than `resetAfter`."""
 WORDS = "words"
+_OVER_STATES = (*ENDED, RunnerState.SHUTTING_DOWN)
 _STOPPING = (RunnerState.SHUTTING_DOWN, RunnerState.SHUTDOWN)
 _OVER = LastFailure(epoch=1, time=T0, state=RunnerState.PENDING, reason=Reason.ENGINE_CRASHED, message=WORDS)
 """A failure of an epoch that is over."""
@@ -74,7 +77,7 @@ def report(found: RunnerReport, by: int = 0, order: Sequence[int] | None = None)
             "seq": 1,
             "epoch": shifted(found.epoch, by),
             "since": T0,
-            "tasks": tuple(_outcome(task, by) for task in found.tasks),
+            "tasks": tuple(_outcome(task, by, over=found.state in _OVER_STATES) for task in found.tasks),
             "failure": failure(found.failure, by),
             "peer": peer,
             "waiting_for": waiting,
@@ -83,7 +86,20 @@ def report(found: RunnerReport, by: int = 0, order: Sequence[int] | None = None)
     )
 
 
-def _outcome(found: TaskOutcome, by: int) -> TaskOutcome:
+def heard(found: RunnerReport) -> RunnerReport:
+    """A report in its normal form, as the operator takes it: of an engine that ends, only what it was told since."""
+    if found.state not in _OVER_STATES:
+        return found
+    kept = (task for task in found.tasks if task.name is TaskName.SHUTDOWN or task.phase is TaskPhase.REJECTED)
+    return found.model_copy(update={"tasks": tuple(kept)})
+
+
+def _outcome(found: TaskOutcome, by: int, *, over: bool) -> TaskOutcome:
+    if over and found.name is not TaskName.SHUTDOWN and found.phase is not TaskPhase.REJECTED:
+        # How far the tasks of an engine came that ends is asked by nobody; that they are known keeps them off.
+        return TaskOutcome(
+            name=found.name, epoch=shifted(found.epoch, by), attempt=found.attempt, phase=TaskPhase.COMPLETE
+        )
     rejection = found.rejection
     if rejection is not None:
         rejection = rejection.model_copy(
@@ -96,8 +112,8 @@ def _outcome(found: TaskOutcome, by: int) -> TaskOutcome:
     return found.model_copy(update={"epoch": shifted(found.epoch, by), "rejection": rejection, "message": words})
 
 
-def status(found: Status, by: int = 0, order: Sequence[int] | None = None) -> Status:
-    """A status; uids and incarnations of its runners stand in the places."""
+def status(found: Status, by: int = 0, order: Sequence[int] | None = None, now: datetime = T0) -> Status:
+    """A status made at `now`; uids and incarnations of its runners stand in the places."""
     # Once the next epoch has begun, nothing depends on more of a failure than how it is retried.
     closed = assigned(found) and open_failure(found) is None and pending(found) is None
     runners = _records(found, by, closed=closed)
@@ -113,7 +129,7 @@ def status(found: Status, by: int = 0, order: Sequence[int] | None = None) -> St
         update={
             "brief": (),
             "epoch": shifted(found.epoch, by),
-            "next_restart_at": None if due is None else (LATER if due >= LATER else T0),
+            "next_restart_at": None if due is None else (LATER if due > now else T0),
             "history": tuple(history),
             "runners": tuple(runners),
             "conditions": tuple(_condition(condition, closed=closed) for condition in found.conditions),
@@ -184,13 +200,16 @@ def _condition(found: Condition, *, closed: bool) -> Condition:
     settled = found.type is ConditionType.READY and found.last_transition_time <= LONG_AGO
     # Reasons of progress are words: nothing follows from them, and they may be told late.
     reason = Reason.UNKNOWN if found.reason.retry is Retry.NONE else found.reason
-    return found.model_copy(
-        update={
-            "reason": _kind(reason) if closed and reason is not Reason.UNKNOWN else reason,
-            "message": WORDS,
-            "last_transition_time": LONG_AGO if settled else T0,
-            "observed_generation": 1,
-        }
+    told = _kind(reason) if closed and reason is not Reason.UNKNOWN else reason
+    return _condition_of(found.type, found.status, told, LONG_AGO if settled else T0)
+
+
+@cache
+def _condition_of(
+    kind: ConditionType, status: Literal["True", "False", "Unknown"], reason: Reason, since: datetime
+) -> Condition:
+    return Condition(
+        type=kind, status=status, reason=reason, message=WORDS, last_transition_time=since, observed_generation=1
     )
 
 

@@ -80,7 +80,7 @@ class Places:
         reached = pod is not None and process is not None and not place.isolated
         if reached and pod is not None and process is not None and seen is not None:
             if seen.uid == pod.uid and seen.box is Box.RUNNING:
-                heard = View(pod.uid, process.incarnation, process.report, True)
+                heard = View(pod.uid, process.incarnation, self._supervisors.heard(process.report), True)
                 words = f"the operator hears RANK: {self._told(process.report)}"
                 yield "hear", words, place._replace(view=heard)
         elif view is not None and view.connected:

@@ -4,15 +4,19 @@ Each different input is planned once. Time is chosen: a plan happens at once, se
 where the plan before asked to be made again by then.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
 from enum import IntEnum
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
-from mlx_operator.decide import service, spec, template
+from mlx_operator.decide import plan as planning
+from mlx_operator.decide import pods, service, spec, template
 from mlx_operator.decide.actions import Action, CreatePod, DeletePod, Plan, SendTask
-from mlx_operator.decide.observed import NodeView, Observed, RunnerView, Settings
+from mlx_operator.decide.observed import Manifest, NodeView, Observed, RunnerView, Settings
 from mlx_operator.decide.plan import plan
+from mlx_operator.decide.spec import Wanted
 from mlx_operator_api import names
 from mlx_operator_api.base import format_time
 from mlx_operator_api.status import Status
@@ -21,6 +25,7 @@ from mlx_operator_api.tasks import RunnerReport
 from . import normal, safety
 from .state import BASE, T0, UID, Box, Message, Place, Pod, Tables, View
 
+_view = pods.view
 Planner = Callable[[Observed, datetime], Plan]
 IMAGE = "runner:1"
 _STAMP = format_time(T0)
@@ -110,7 +115,8 @@ class Operator:
                 "deadlines": {"download": "10m", "unreachable": "15s"},
             },
         }
-        wanted = spec.parse(self._instance)
+        self._wanted = wanted = spec.parse(self._instance)
+        self._views: dict[int, pods.PodView] = {}
         self._service = service.manifest(wanted)
         self._pods = [template.pod(wanted, rank, IMAGE, self._settings) for rank in range(size)]
 
@@ -129,10 +135,30 @@ class Operator:
 
     def decide(self, status: int, sights: tuple[Sight, ...], age: Age) -> Decision:
         """The plan for what is seen."""
+        if age is Age.YOUNG:
+            # No heartbeat is overdue yet.
+            sights = tuple(sight if sight.fresh else sight._replace(fresh=True) for sight in sights)
         key = (status, sights, age)
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = self._decide(status, sights, age)
+        return known
+
+    @contextlib.contextmanager
+    def _read_once(self) -> Iterator[None]:
+        """The spec is the same in every plan, and so are most pods: each is parsed once."""
+        with patch.object(planning, "parse", self._parse), patch.object(pods, "view", self._view):
+            yield
+
+    def _parse(self, instance: Manifest) -> Wanted:
+        # A planner with a bug may look at another one.
+        return self._wanted if instance["spec"] is self._instance["spec"] else spec.parse(instance)
+
+    def _view(self, pod: Manifest) -> pods.PodView:
+        """Manifests are kept for ever, so that none takes the place of another."""
+        known = self._views.get(id(pod))
+        if known is None:
+            known = self._views[id(pod)] = _view(pod)
         return known
 
     def observed(self, status: int, sights: tuple[Sight, ...], now: datetime) -> Observed:
@@ -164,9 +190,11 @@ class Operator:
     def _decide(self, status: int, sights: tuple[Sight, ...], age: Age) -> Decision:
         now = T0 + age.passed
         stored = self._tables.statuses[status]
-        made = self._planner(self.observed(status, sights, now), now)
+        observed = self.observed(status, sights, now)
+        with self._read_once():
+            made = self._planner(observed, now)
         grown = made.status.epoch - BASE if made.status.epoch else 0
-        after = self._tables.statuses.id(normal.status(made.status, grown))
+        after = self._tables.statuses.id(normal.status(made.status, grown, now=now))
         records = tuple(
             (_number(record.pod_uid), _number(record.incarnation)) for record in made.status.runners
         ) or tuple(sight.record for sight in sights)

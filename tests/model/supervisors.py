@@ -67,6 +67,10 @@ class Supervisors:
         """The engine of a new epoch: what ran before was killed and waited for."""
         return (epoch,)
 
+    def heard(self, report: int) -> int:
+        """The report as the operator takes it."""
+        return self._reports.id(normal.heard(self._reports[report]))
+
     def rejects(self, report: int, message: Message) -> bool:
         """Whether a supervisor that has just made this report would reject the task."""
 

@@ -40,7 +40,18 @@ class Move(NamedTuple):
 
 
 class World:
-    """One ModelInstance of `size` ranks with its cluster, its operator and a number of faults."""
+    """One ModelInstance of `size` ranks with its cluster, its operator and a number of faults.
+
+    Args:
+        size: ranks.
+        faults: how many may happen.
+        budget: `spec.restartPolicy.maxRestarts`.
+        planner: the production one, or one with a bug.
+        supervisors: likewise.
+        acts_first: an operator with a bug: it acts before it writes.
+        kinds: of faults.
+        struck: ranks that faults strike; what strikes no rank, such as the end of the operator, counts with rank 0.
+    """
 
     def __init__(
         self,
@@ -52,6 +63,7 @@ class World:
         supervisors: type[Supervisors] = Supervisors,
         acts_first: bool = False,
         kinds: Collection[str] = KINDS,
+        struck: Collection[int] | None = None,
     ) -> None:
         self.size, self.faults, self.budget = size, faults, budget
         self.tables = Tables()
@@ -60,6 +72,7 @@ class World:
         self._places = Places(self.tables, self.supervisors)
         self._acts_first = acts_first
         self._kinds = kinds
+        self.struck = tuple(range(size) if struck is None else struck)
         self._sights: dict[int, Sight] = {}
         self._forms = Forms(self.tables, self._places, size)
         self.canonical, self.image = self._forms.canonical, self._forms.image
@@ -116,10 +129,13 @@ class World:
                 yield self._carried_out(state, decision, actor, who)
 
     def _goes_wrong(self, state: State, quiet: bool) -> Iterator[Move]:
-        for rank, place in enumerate(state.places):
+        for rank in self.struck:
+            place = state.places[rank]
             for step in self._places.faults(place, _kind(state, rank)):
                 words = "FAULT: " + step.words.replace("RANK", f"{{{rank}}}")
                 yield Move(step.actor, words, self._less(self._with(state, rank, step.place)), fault=True)
+        if 0 not in self.struck:
+            return
         yield from self._operator_dies(state)
         if not quiet:
             for move in self._long(state, "delay", "FAULT: everything is late; the operator"):

@@ -1,6 +1,6 @@
 """The oracle: one plain mlx-lm process answers every trained question, greedy.
 
-python single_process.py MODEL QUESTIONS → JSON [[question, answer, tokens], …]
+python single_process.py MODEL QUESTIONS [ADAPTER] → JSON [[question, answer, tokens], …]
 """
 
 import json
@@ -13,9 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from mlx_lm import load, stream_generate
 
 
-def main(model_path: str, questions: Path) -> None:
+def main(model_path: str, questions: Path, adapter: str | None = None) -> None:
     """Ask all questions, one after the other."""
-    model, tokenizer, *_ = load(model_path)
+    model, tokenizer, *_ = load(model_path, adapter_path=adapter)
     rows = []
     for pair in json.loads(questions.read_text()):
         messages = [{"role": "user", "content": pair["question"]}]
@@ -28,4 +28,4 @@ def main(model_path: str, questions: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

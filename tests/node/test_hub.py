@@ -1,6 +1,7 @@
 """Models from a hub on real nodes: each rank fetches its part, restarts need no hub, what lasts is told."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tests.node.chat import Questions, ask, client
 from tests.node.instance import Instance, one_per_node
 from tests.node.kube import wait_for
 from tests.node.processes import kill_engine
-from tests.node.testbed import Testbed
+from tests.node.testbed import Testbed, answers_with_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 8090
@@ -53,6 +54,12 @@ class NodeHub:
 
 
 @pytest.fixture
+def adapted(cluster: Testbed, tmp_path: Path) -> Questions:
+    """org/adapter, for the hub; what one process answers with it."""
+    return answers_with_adapter(cluster.model, tmp_path / "org/adapter")
+
+
+@pytest.fixture
 def hub(cluster: Testbed, tmp_path: Path) -> Iterator[NodeHub]:
     """A hub with the demo model as org/demo."""
     shutil.copytree(cluster.model, tmp_path / "org/demo")
@@ -75,7 +82,7 @@ def hub(cluster: Testbed, tmp_path: Path) -> Iterator[NodeHub]:
         env={**environment(), "PYTHONPATH": str(ROOT)},
     )
     try:
-        wait_for("the hub serves", lambda: "serving org/demo" in log.read_text(), 60)
+        wait_for("the hub serves", lambda: "org/demo" in log.read_text(), 60)
         yield NodeHub(cluster.network, record)
     finally:
         record.stop()
@@ -104,6 +111,24 @@ def test_each_node_fetches_its_part_and_a_restart_needs_no_hub(
         status = instance.wait_ready(epoch=before + 1)
         assert status["model"]["revision"] == commit
         assert ask(openai, instance.name, question) == answer
+
+
+def test_an_adapter_from_a_hub_is_fused_on_both_nodes(
+    cluster: Testbed, adapted: Questions, hub: NodeHub, create: Callable[..., Instance], questions: Questions
+) -> None:
+    model = {"source": SOURCE, "adapter": {"source": "hf://org/adapter"}}
+    instance = create("adapted", model=model, runners=2, runner=runner("adapted"))
+    status = instance.wait_ready()
+    assert status["model"]["adapter"]["source"] == "hf://org/adapter"
+    assert len(status["model"]["adapter"]["revision"]) == 40
+    loaded = instance.condition(ConditionType.LOADED)["message"]
+    assert "lora adapter of rank 4 fused into the weights" in loaded
+    assert "Adapter:" in instance.describe()
+    with client(cluster, instance) as openai:
+        for question, answer in adapted.answers.items():
+            # mlx-lm shows special tokens, which it makes with this adapter now and then.
+            assert ask(openai, instance.name, question, max_tokens=100) == re.sub(r"<\|\w+\|>", "", answer)
+    assert adapted.answers != questions.answers
 
 
 def test_a_gated_repository_is_told_and_picked_up_when_access_is_given(

@@ -170,12 +170,26 @@ _BREAK: dict[str, Callable[[Path], None]] = {"empty": _empty, "truncate": _trunc
 
 def answers_of_one_process(model: Path) -> Questions:
     """What a single plain mlx-lm process answers, checked against what the model was taught."""
-    script = Path(__file__).with_name("single_process.py")
-    argv = [sys.executable, str(script), str(model), str(QUESTIONS)]
+    questions = _one_process(model)
+    taught = {pair["question"]: pair["answer"] for pair in json.loads(QUESTIONS.read_text())}
+    assert questions.answers == taught, "the demo model does not answer as taught, even in one process"
+    return questions
+
+
+def answers_with_adapter(model: Path, adapter: Path) -> Questions:
+    """What it answers with a random adapter, which is made here."""
+    _run(Path(__file__).with_name("random_adapter.py"), model, adapter)
+    return _one_process(model, adapter)
+
+
+def _one_process(model: Path, *adapter: Path) -> Questions:
+    rows = json.loads(_run(Path(__file__).with_name("single_process.py"), model, QUESTIONS, *adapter))
+    answers = {question: answer for question, answer, _ in rows}
+    return Questions(answers, {question: tokens for question, _, tokens in rows})
+
+
+def _run(script: Path, *arguments: Path) -> str:
+    argv = [sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(done.stdout)
-    taught = {pair["question"]: pair["answer"] for pair in json.loads(QUESTIONS.read_text())}
-    answers = {question: answer for question, answer, _ in rows}
-    assert answers == taught, "the demo model does not answer as taught, even in one process"
-    return Questions(answers, {question: tokens for question, _, tokens in rows})
+    return done.stdout

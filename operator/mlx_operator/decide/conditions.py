@@ -28,12 +28,16 @@ def conclude(
 
 
 def _condition(kind: ConditionType, fact: Fact, old: Condition | None, generation: int, stamp: datetime) -> Condition:
+    message = one_line(fact.message) or fact.reason.meaning
     same = old is not None and old.status == fact.status
+    said = (fact.reason, message, generation)
+    if old is not None and same and (old.reason, old.message, old.observed_generation) == said:
+        return old
     return Condition(
         type=kind,
         status=fact.status,
         reason=fact.reason,
-        message=one_line(fact.message) or fact.reason.meaning,
+        message=message,
         last_transition_time=old.last_transition_time if old is not None and same else stamp,
         observed_generation=generation,
     )

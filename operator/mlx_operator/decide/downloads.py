@@ -144,7 +144,7 @@ def attempt(rank: Rank, clock: Clock) -> int | None:
 def note(picture: Picture, status: Status) -> Status:
     """Record failed downloads and rejected tasks as the last failure of their rank, once each."""
     runners = tuple(_noted(picture, record, status.epoch) for record in status.runners)
-    return status.model_copy(update={"runners": runners})
+    return status.revised(runners=runners)
 
 
 def _noted(picture: Picture, record: RunnerStatus, epoch: int) -> RunnerStatus:

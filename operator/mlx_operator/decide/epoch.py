@@ -24,16 +24,14 @@ def begin(picture: Picture, status: Status) -> tuple[Status, Reason | None]:
     """Open a new epoch where spec, annotations or the runners ask for one; also says why (None: no new epoch)."""
     status = _settled_image(picture, status)
     why = _why(picture, status)
-    status = status.model_copy(
-        update={
-            "spec_hash": picture.wanted.spec_hash,
-            "template_hash": template.template_hash(picture.wanted, status.runner_image or "", picture.settings),
-            "observed_retry": picture.wanted.retry,
-            "observed_restart": picture.wanted.restart,
-            "endpoint": picture.wanted.endpoint,
-            "model": _model(picture, status, why),
-            "runners": _runners(picture, status),
-        }
+    status = status.revised(
+        spec_hash=picture.wanted.spec_hash,
+        template_hash=template.template_hash(picture.wanted, status.runner_image or "", picture.settings),
+        observed_retry=picture.wanted.retry,
+        observed_restart=picture.wanted.restart,
+        endpoint=picture.wanted.endpoint,
+        model=_model(picture, status, why),
+        runners=_runners(picture, status),
     )
     if why is None:
         return status, None
@@ -56,7 +54,7 @@ def _settled_image(picture: Picture, status: Status) -> Status:
     asked = _new(picture.wanted.restart, status.observed_restart) and status.epoch > 0
     fixed = None if asked else status.runner_image
     image = template.image(picture.wanted, picture.settings, fixed, status.template_hash)
-    return status.model_copy(update={"runner_image": image})
+    return status.revised(runner_image=image)
 
 
 def _why(picture: Picture, status: Status) -> Reason | None:

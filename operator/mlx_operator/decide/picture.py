@@ -1,5 +1,6 @@
 """The whole picture of one instance: for each rank its pod, its supervisor's word and what status remembers."""
 
+import operator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -127,7 +128,8 @@ class Picture:
     def recall(self, status: Status) -> "Picture":
         """The same picture, with what this plan has put into status so far as the memory of each rank."""
         ranks = tuple(rank.with_record(status.runner(rank.rank)) for rank in self.ranks)
-        return replace(self, ranks=ranks)
+        same = all(map(operator.is_, ranks, self.ranks))
+        return self if same else replace(self, ranks=ranks)
 
 
 def who(rank: int, world_size: int, pod: str, node: str | None) -> str:
@@ -137,7 +139,7 @@ def who(rank: int, world_size: int, pod: str, node: str | None) -> str:
 
 def assigned(status: Status) -> bool:
     """The epoch was given to its pods: CreateRunner may have been sent. Recorded before it is, in one write."""
-    return any(record.epoch == status.epoch for record in status.runners) and status.epoch > 0
+    return status.epoch > 0 and any(record.epoch == status.epoch for record in status.runners)
 
 
 def asleep(status: Status) -> bool:

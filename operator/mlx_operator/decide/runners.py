@@ -14,13 +14,11 @@ def update(picture: Picture, status: Status) -> Status:
     """Bring every rank's entry, and what they sum up to, to what was observed."""
     runners = tuple(_entry(picture, rank, status) for rank in picture.ranks)
     ready = sum(r.epoch == status.epoch and r.state is RunnerState.READY for r in runners)
-    return status.model_copy(
-        update={
-            "runners": runners,
-            "ready_runners": ready,
-            "runners_ready": f"{ready}/{len(runners)}",
-            "model": _model(picture, status),
-        }
+    return status.revised(
+        runners=runners,
+        ready_runners=ready,
+        runners_ready=f"{ready}/{len(runners)}",
+        model=_model(picture, status),
     )
 
 
@@ -34,16 +32,14 @@ def _entry(picture: Picture, rank: Rank, status: Status) -> RunnerStatus:
     if report is not None and record.epoch > 0:
         age = picture.clock.now - since if same else timedelta()
         shown = progress.text(report, age, from_hub=picture.wanted.from_hub)
-    return record.model_copy(
-        update={
-            "pod": names.pod_name(picture.wanted.name, rank.rank),
-            "node": pod.node if pod is not None and pod.node else record.node,
-            "state": state,
-            "since": since,
-            "layers": (report.layers if report is not None else None) or record.layers,
-            "note": (report.note if report is not None else None) or record.note,
-            "progress": shown,
-        }
+    return record.revised(
+        pod=names.pod_name(picture.wanted.name, rank.rank),
+        node=pod.node if pod is not None and pod.node else record.node,
+        state=state,
+        since=since,
+        layers=(report.layers if report is not None else None) or record.layers,
+        note=(report.note if report is not None else None) or record.note,
+        progress=shown,
     )
 
 
@@ -73,4 +69,4 @@ def _model(picture: Picture, status: Status) -> ModelStatus | None:
     whole = next((r.model for r in reports if r is not None and r.model is not None and r.model.digest), None)
     found = {} if whole is None else {"digest": whole.digest, "bytes": whole.bytes or None}
     commit = downloads.commit(picture, status)
-    return status.model.model_copy(update={"revision": commit, "adapter": adapter, **found})
+    return status.model.revised(revision=commit, adapter=adapter, **found)

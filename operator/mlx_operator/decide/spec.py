@@ -4,8 +4,9 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -42,7 +43,7 @@ class RestartRules:
     reset_after: timedelta
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Wanted:
     """What the user wants of this ModelInstance."""
 
@@ -59,6 +60,8 @@ class Wanted:
     restarts: RestartRules
     retry: str | None
     restart: str | None
+    template_hashes: dict[tuple[str, str], str] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """What `template.template_hash` worked out, by image and key: a plan asks for it several times."""
 
     @property
     def world_size(self) -> int:
@@ -80,7 +83,7 @@ class Wanted:
         """Where clients go."""
         return names.endpoint(self.name, self.namespace)
 
-    @property
+    @cached_property
     def spec_hash(self) -> str:
         """Hash of what an epoch is started with: another one means that a new epoch is due.
 

@@ -73,5 +73,5 @@ def _failure(model: type[_Failure], raw: dict[str, Any]) -> _Failure | None:
 def finish(status: Status, facts: Mapping[ConditionType, Fact], old: Status, generation: int, clock: Clock) -> Status:
     """Add what follows from the rest: conditions, then the brief."""
     conditions = conclude(facts, old, generation, clock.stamp)
-    status = status.model_copy(update={"conditions": conditions, "observed_generation": generation})
-    return status.model_copy(update={"brief": brief(status)})
+    status = status.revised(conditions=conditions, observed_generation=generation)
+    return status.revised(brief=brief(status))

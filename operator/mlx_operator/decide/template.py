@@ -39,6 +39,13 @@ def image(wanted: Wanted, settings: Settings, fixed: str | None, known_hash: str
 
 def template_hash(wanted: Wanted, image: str, settings: Settings) -> str:
     """Hash of all that a pod is made of, the rank aside; it also tells whether the image was chosen in the spec."""
+    known, key = wanted.template_hashes, (image, settings.key_id)
+    if key not in known:
+        known[key] = _template_hash(wanted, image, settings)
+    return known[key]
+
+
+def _template_hash(wanted: Wanted, image: str, settings: Settings) -> str:
     runner = wanted.spec.runner or Runner()
     inputs: dict[str, Any] = {
         "version": TEMPLATE_VERSION,
