@@ -1,7 +1,7 @@
 """Condition types and the catalogue of reasons: what each means, how it is retried, what the user should do.
 
 docs/troubleshooting.md is generated from this file. Members stand in the order of the lifecycle: the ordinal of a
-reason is part of an Event's name, because `kubectl describe` lists events by name.
+reason is part of an Event's name, after its step, because `kubectl describe` lists events by name.
 """
 
 from enum import StrEnum

@@ -6,9 +6,9 @@ answered with success; the events last. A conflict or an error means: nothing fu
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from mlx_operator.act.actor import Actor
@@ -164,8 +164,7 @@ class Reconciler:
             await self._actor.perform(key, instance, plan.actions)
         finally:
             # Also when an action failed: the next plan has this status behind it and will not say it again.
-            for notice in plan.events:
-                self._recorder.emit(instance, notice, now)
+            self._tell(instance, plan.events, now)
 
     def _confirm(self, key: Key, instance: Mapping[str, Any]) -> None:
         pending, metadata = self._unconfirmed.get(key), instance["metadata"]
@@ -173,8 +172,12 @@ class Reconciler:
             return
         del self._unconfirmed[key]
         if metadata["uid"] == pending.uid and instance.get("status") == pending.status:
-            for notice in pending.events:
-                self._recorder.emit(instance, notice, self._now())
+            self._tell(instance, pending.events, self._now())
+
+    def _tell(self, instance: Mapping[str, Any], notices: Iterable[Notice], now: datetime) -> None:
+        """Each a moment after the one before it: `kubectl events` sorts by time."""
+        for number, notice in enumerate(notices):
+            self._recorder.emit(instance, notice, now + timedelta(microseconds=number))
 
     def _account(self, key: Key, before: Mapping[str, Any], status: Status) -> None:
         ready, failed = status.condition(ConditionType.READY), status.condition(ConditionType.RUNNER_FAILED)

@@ -18,7 +18,7 @@ from mlx_operator.act.runner import RunnerError, RunnerPort
 from mlx_operator.act.status_writer import StatusWriter, wire
 from mlx_operator.act.tasks import TaskSender
 from mlx_operator.act.tokens import OperatorKey
-from mlx_operator.decide.actions import ApplyService, CreatePod, DeletePod, Notice, Plan, SendTask
+from mlx_operator.decide.actions import ApplyService, CreatePod, DeletePod, Notice, Plan, SendTask, Step
 from mlx_operator.decide.observed import Observed, RunnerView
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe.observer import Observer
@@ -36,7 +36,9 @@ from tests.unit.manifests import NOW, SETTINGS, UID, instance, pod, report
 
 pytestmark = [pytest.mark.looptime, pytest.mark.timeout(30)]
 TINY = Key("default", "tiny")
-NOTICE = Notice(type="Normal", reason=Reason.PODS_CREATED, note="creating pods", epoch=1, action="CreatePods")
+NOTICE = Notice(
+    type="Normal", reason=Reason.PODS_CREATED, note="creating pods", epoch=1, action="CreatePods", step=Step.CREATED
+)
 KEY = OperatorKey(b"k" * 32)
 
 

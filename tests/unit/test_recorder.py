@@ -10,7 +10,7 @@ import pytest
 from mlx_operator.act.kube import KubeError
 from mlx_operator.act.recorder import MAX_NOTE_BYTES, Recorder, cut, event
 from mlx_operator.act.resources import EVENTS, Resource
-from mlx_operator.decide.actions import Notice
+from mlx_operator.decide.actions import Notice, Step
 from mlx_operator.metrics import Metrics
 from mlx_operator_api.conditions import Reason
 from tests.unit.fakekube import FakeKube
@@ -23,6 +23,7 @@ FAILED = Notice(
     note="rank 1/2 pod tiny-1 on node n2: engine killed by SIGKILL",
     epoch=3,
     action="RestartGroup",
+    step=Step.FAILED,
     related=("tiny-1", "pod-1"),
     rank=1,
 )
@@ -30,7 +31,7 @@ FAILED = Notice(
 
 def test_a_name_sorts_by_epoch_and_step_of_the_lifecycle() -> None:
     name = event(instance(), FAILED, NOW, "operator-1")["metadata"]["name"]
-    assert name == f"tiny.11111111.e0003.{Reason.RUNNER_FAILED.ordinal:03d}.runnerfailed.r1"
+    assert name == f"tiny.11111111.e0003.09.{Reason.RUNNER_FAILED.ordinal:03d}.runnerfailed.r1"
 
 
 def test_an_event_says_what_describe_needs() -> None:

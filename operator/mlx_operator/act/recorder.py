@@ -132,10 +132,10 @@ class Recorder:
 
 
 def event(instance: Mapping[str, Any], notice: Notice, now: datetime, reporter: str) -> Manifest:
-    """The Event of a notice. Its name sorts by epoch and step of the lifecycle: describe lists Events by name."""
+    """The Event of a notice. Its name sorts by epoch and step of the story: describe lists Events by name."""
     metadata = instance["metadata"]
     rank = "" if notice.rank is None else f".r{notice.rank}"
-    name = f"{metadata['name']}.{metadata['uid'][:8]}.e{notice.epoch:04d}.{notice.reason.ordinal:03d}"
+    name = f"{metadata['name']}.{metadata['uid'][:8]}.e{notice.epoch:04d}.{notice.step:02d}.{notice.reason.ordinal:03d}"
     body: Manifest = {
         "apiVersion": EVENTS.api_version,
         "kind": EVENTS.kind,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from enum import IntEnum
 from typing import Any, Literal
 
 from mlx_operator_api.conditions import Reason
@@ -52,6 +53,28 @@ class SendTask:
 Action = CreatePod | DeletePod | ApplyService | SendTask
 
 
+class Step(IntEnum):
+    """Where an Event stands in the story of its epoch. It is part of its name, by which `kubectl describe` sorts."""
+
+    ASKED = 0
+    """Why the epoch is due."""
+    CREATED = 1
+    WAITING = 2
+    """What was in the way before it started."""
+    STARTED = 3
+    STARTING = 4
+    """What was in the way before every rank held its shard."""
+    LOADED = 5
+    WARMING_UP = 6
+    """What was in the way before Ready."""
+    READY = 7
+    SERVING = 8
+    """What was in the way afterwards."""
+    FAILED = 9
+    OVER = 10
+    """What came after that, or ended it on purpose."""
+
+
 @dataclass(frozen=True, slots=True)
 class Notice:
     """An Event regarding the ModelInstance: one per cause and epoch; a repeat is folded into its series."""
@@ -62,6 +85,7 @@ class Notice:
     epoch: int
     action: str
     """What was done or will be done, in one word such as `RestartGroup`."""
+    step: Step
     related: tuple[str, str] | None = None
     """Name and uid of the pod it is about."""
     rank: int | None = None

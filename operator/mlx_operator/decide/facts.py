@@ -254,15 +254,21 @@ def _loaded(s: Situation) -> Fact:
     if s.failure is not None:
         return _ended(s, s.failure)
     if s.everywhere(RunnerState.LOADED):
-        layers = listed(*(f"rank {r.rank}: {r.layers}" for r in s.status.runners[:16] if r.layers))
-        shards = f"; layers of {layers}" if layers else ""
-        notes = dict.fromkeys(part for r in s.status.runners if r.note for part in r.note.split("; "))
-        said = "".join(f"; {note}" for note in notes)
-        return Fact("True", Reason.MODEL_LOADED, f"{s.size}/{s.size} runners hold their shard{shards}{said}")
+        return Fact("True", Reason.MODEL_LOADED, shards(s.status))
     if not assigned(s.status):
         return Fact("False", Reason.WAITING_FOR_RUNNERS, f"epoch {s.status.epoch} has not started")
     done = s.reached(RunnerState.LOADED)
     return Fact("False", Reason.LOADING, f"{done}/{s.size} runners hold their shard")
+
+
+def shards(status: Status) -> str:
+    """Which layers each rank holds, and what was noted of them."""
+    layers = listed(*(f"rank {r.rank}: {r.layers}" for r in status.runners[:16] if r.layers))
+    held = f"; layers of {layers}" if layers else ""
+    notes = dict.fromkeys(part for r in status.runners if r.note for part in r.note.split("; "))
+    said = "".join(f"; {note}" for note in notes)
+    size = len(status.runners)
+    return f"{size}/{size} runners hold their shard{held}{said}"
 
 
 def _ended(s: Situation, failure: GroupFailure | LastFailure) -> Fact:

@@ -8,7 +8,7 @@ from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.status import ModelStatus, RunnerStatus, Status
 
 from . import children, events, facts, failure, runners, writes
-from .actions import Notice, Plan
+from .actions import Notice, Plan, Step
 from .conditions import Fact
 from .facts import Situation
 from .messages import clauses
@@ -43,7 +43,9 @@ def refuse(instance: Manifest, old: Status, past: Picture | None, fault: Unusabl
     known[_C.STALLED] = Fact("True", fault.reason, message)
     known[_C.RECONCILING] = Fact("False", fault.reason, "nothing goes on until the spec is corrected: see Stalled")
     status = finish(status, known, old, instance["metadata"].get("generation", 0), clock)
-    said = (Notice("Warning", fault.reason, message, status.epoch, "Refuse"),) if _flipped(old, fault.reason) else ()
+    step = events.so_far(old, status)
+    notice = Notice("Warning", fault.reason, message, status.epoch, "Refuse", step)
+    said = (notice,) if _flipped(old, fault.reason) else ()
     written = writes.worth_writing(old, status, clock)
     return Plan(written, events=(*told, *said) if written is status else (), requeue_at=clock.requeue_at)
 
@@ -88,7 +90,7 @@ def suspend(picture: Picture, status: Status, fault: Unusable | None) -> Plan:
         }
     )
     status = finish(status, known, old, wanted.generation, picture.clock)
-    told = (Notice("Normal", Reason.SUSPENDED, message, old.epoch, "RemovePods"),)
+    told = (Notice("Normal", Reason.SUSPENDED, message, old.epoch, "RemovePods", Step.OVER),)
     notices = told if _flipped(old, Reason.SUSPENDED) else ()
     return Plan(status, children.remove(picture), notices, picture.clock.requeue_at)
 
