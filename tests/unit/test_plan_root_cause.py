@@ -15,7 +15,7 @@ from mlx_operator_api.base import format_time
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.status import GroupFailure
-from tests.unit.scenes import ready
+from tests.unit.scenes import failures, ready, see
 from tests.unit.simulator import Cluster
 from tests.unit.test_plan_pod_ends import KILLING, UNHEALTHY
 
@@ -43,6 +43,10 @@ def observed(cluster: Cluster, heard: Channels) -> Observed:
 
     made = replace(cluster.observed(), runners=of("report"), nodes=of("node"), pod_events=of("events"))
     return replace(made, pods=tuple(copy.deepcopy(pod) for pod in of("pod").values()))
+
+
+def container_killed(cluster: Cluster, rank: int) -> None:
+    cluster.kill_container(rank, "Error")
 
 
 def engine_killed(cluster: Cluster) -> None:
@@ -192,3 +196,29 @@ def test_of_two_reasons_of_their_own_the_earlier_is_the_cause_and_neither_is_a_c
     cluster.reconcile()
     failure = cluster.status.history[0]
     assert (failure.rank, failure.consequences) == (2, (0,))
+
+
+@pytest.mark.parametrize("kill", [Cluster.kill_engine, container_killed])
+def test_of_two_ranks_lost_at_once_neither_is_called_a_consequence(kill: Callable[[Cluster, int], None]) -> None:
+    cluster = ready()
+    kill(cluster, 0)
+    kill(cluster, 1)
+    failure = see(cluster)
+    assert (failure.rank, failure.consequences) == (0, ())
+    assert all("consequence" not in line for line in cluster.status.brief), cluster.status.brief
+    assert {record.state for record in cluster.status.runners} == {RunnerState.FAILED}
+    assert len(failures(cluster)) == 1
+
+
+@pytest.mark.parametrize("kill", [Cluster.kill_engine, container_killed])
+def test_a_rank_that_is_told_later_to_have_ended_by_itself_is_no_consequence(
+    kill: Callable[[Cluster, int], None],
+) -> None:
+    cluster = ready()
+    kill(cluster, 1)
+    assert see(cluster).consequences == (0,)
+    kill(cluster, 0)
+    failure = see(cluster)
+    assert (failure.rank, failure.consequences) == (1, ())
+    assert all("consequence" not in line for line in cluster.status.brief), cluster.status.brief
+    assert len(failures(cluster)) == 1

@@ -1,7 +1,7 @@
 """`status.brief`: the state for a person, from the rest of the status and nothing else."""
 
 from mlx_operator_api.conditions import ConditionType, Reason
-from mlx_operator_api.runner import RunnerState
+from mlx_operator_api.runner import ENDED, RunnerState
 from mlx_operator_api.status import Condition, RunnerStatus, Status
 
 from . import remedies
@@ -91,17 +91,20 @@ def _tells_why(status: Status, ready: Condition) -> bool:
     return not failed or not any(ready.message.startswith(failure) for failure in failures)
 
 
+def _taken_along(status: Status, record: RunnerStatus) -> bool:
+    """Whether the last failure ended this rank, and nothing of its own."""
+    if not _failing(status) or not status.history or record.state not in ENDED:
+        return False
+    last = status.history[0]
+    return record.epoch == last.epoch and record.rank in last.consequences
+
+
 def _rank_line(status: Status, record: RunnerStatus) -> str:
     name = f"rank {record.rank}/{len(status.runners)} {record.pod or '?'}" + (
         f" on {record.node}" if record.node else ""
     )
-    failure, cause = record.last_failure, _cause(status)
-    consequence = (
-        " (consequence)"
-        if cause is not None and record.rank != cause and record.state in (RunnerState.SHUTDOWN, RunnerState.FAILED)
-        else ""
-    )
-    details = [f"{record.state}{consequence}"]
+    failure = record.last_failure
+    details = [f"{record.state} (consequence)" if _taken_along(status, record) else f"{record.state}"]
     if record.state is RunnerState.FAILED and failure is not None:
         details.append(without_who(failure.message))
     else:

@@ -164,7 +164,8 @@ def _complete(status: Status, known: GroupFailure, found: Sequence[Evidence]) ->
     """The cause stays; how exactly its rank ended, and which others have a reason of their own, may be known by now."""
     own = status.runner(known.rank).last_failure if known.rank is not None else None
     told = own is not None and (own.epoch, own.reason) == (known.epoch, known.reason) and own.exit_code is not None
-    others = {e.rank for e in found if e.specific}
+    # A container that ended by itself did not end because of the others: what is ordered ends engines.
+    others = {e.rank for e in found if e.specific or e.exit_code is not None}
     failure = known.model_copy(
         update={
             "message": own.message if own is not None and told else known.message,
