@@ -1,0 +1,156 @@
+"""Children that are created, refused, taken or gone: what is kept for the next plan, and what is tried again."""
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from mlx_operator.act.kube import KubeError
+from mlx_operator.act.resources import PODS, SECRETS, SERVICES
+from mlx_operator.decide.actions import DeletePod, Plan
+from mlx_operator_api.status import Status
+from tests.unit.reconciling import CREATE, GONE, NOTICE, SERVICE, TINY, Scene, child, failing
+
+pytestmark = [pytest.mark.looptime, pytest.mark.timeout(30)]
+
+
+async def test_one_failed_action_keeps_no_other_from_being_tried(scene: Scene) -> None:
+    other = replace(CREATE, name="tiny-1", rank=1, manifest=child(PODS, "tiny-1"))
+    scene.plans = [Plan(Status(epoch=1), (CREATE, other), (NOTICE,))]
+    scene.kube.before = failing(("create", "pods", 503))
+    with pytest.raises(KubeError):
+        await scene.reconcile()
+    await scene.post_events()
+    assert ("pods", "default", "tiny-1") in scene.kube.objects
+    assert scene.events() == 1
+
+
+async def test_a_refused_pod_is_shown_to_the_next_plan_and_not_tried_again_at_once(scene: Scene) -> None:
+    scene.plans = [Plan(Status(epoch=1), (CREATE,))]
+    scene.kube.before = failing(("create", "pods", 403), ("create", "pods", 403))
+    await scene.reconcile()
+    await scene.reconcile()
+    assert scene.seen[-1].refusals["tiny-0"].status == 403
+    assert scene.kube.count("create", "pods") == 1
+    scene.time += timedelta(seconds=5)
+    await scene.reconcile()
+    assert scene.kube.count("create", "pods") == 2
+    scene.time += timedelta(seconds=10)
+    await scene.reconcile()
+    await scene.reconcile()
+    assert scene.seen[-1].refusals == {}
+
+
+async def test_a_webhook_that_is_down_is_shown_as_a_refusal_and_any_other_server_error_is_not(scene: Scene) -> None:
+    words = 'Internal error occurred: failed calling webhook "pods.example.com": connection refused'
+    answers = [KubeError(500, "InternalError", words), KubeError(500, "InternalError", "etcdserver: request timed out")]
+
+    def before(verb: str, plural: str, _name: str) -> None:
+        if (verb, plural) == ("create", "pods") and answers:
+            raise answers.pop(0)
+
+    scene.plans = [Plan(Status(epoch=1), (CREATE,))]
+    scene.kube.before = before
+    await scene.reconcile()
+    assert scene.store.refusals.of(TINY)["tiny-0"].message == words
+    scene.time += timedelta(seconds=5)
+    with pytest.raises(KubeError, match="etcdserver"):
+        await scene.reconcile()
+    assert scene.store.refusals.of(TINY)["tiny-0"].message == words, "the last word about the pod itself"
+
+
+async def test_a_quota_that_others_use_at_the_same_moment_is_no_refusal(scene: Scene) -> None:
+    words = 'Operation cannot be fulfilled on resourcequotas "tight": the object has been modified'
+    answers = [KubeError(409, "Conflict", words)]
+
+    def before(verb: str, plural: str, _name: str) -> None:
+        if (verb, plural) == ("create", "pods") and answers:
+            raise answers.pop(0)
+
+    scene.plans = [Plan(Status(epoch=1), (CREATE,))]
+    scene.kube.before = before
+    with pytest.raises(KubeError, match="resourcequotas"):
+        await scene.reconcile()
+    assert scene.store.refusals.of(TINY) == {}
+    await scene.reconcile()
+    assert [p["metadata"]["name"] for p in scene.store.pods()] == ["tiny-0"]
+
+
+async def test_our_own_pod_under_the_name_counts_as_created(scene: Scene) -> None:
+    scene.kube.put(PODS, child(PODS, "tiny-0"))
+    scene.plans = [Plan(Status(epoch=1), (CREATE,))]
+    await scene.reconcile()
+    assert [p["metadata"]["name"] for p in scene.store.pods()] == ["tiny-0"]
+    assert scene.store.refusals.of(TINY) == {}
+
+
+async def test_a_foreign_pod_under_the_name_is_a_refusal_that_names_its_owner(scene: Scene) -> None:
+    scene.kube.put(PODS, child(PODS, "tiny-0", owner="another-uid"))
+    scene.plans = [Plan(Status(epoch=1), (CREATE,))]
+    await scene.reconcile()
+    refusal = scene.store.refusals.of(TINY)["tiny-0"]
+    assert refusal.status == 409
+    assert "belongs to ModelInstance tiny (uid another-uid)" in refusal.message
+
+
+async def test_a_foreign_service_is_not_taken_over(scene: Scene) -> None:
+    metadata = {"name": "tiny", "namespace": "default", "uid": "theirs"}
+    scene.kube.put(SERVICES, {"metadata": metadata, "spec": {"selector": {"app": "theirs"}}})
+    scene.plans = [Plan(Status(epoch=1), (SERVICE,))]
+    await scene.reconcile()
+    assert scene.kube.count("apply", "services") == 0
+    assert scene.store.refusals.of(TINY)["tiny"].status == 409
+
+
+async def test_a_service_that_went_unnoticed_is_made_again_without_a_refusal(scene: Scene) -> None:
+    scene.store.put(SERVICES, child(SERVICES, "tiny") | {"metadata": {**child(SERVICES, "tiny")["metadata"], **GONE}})
+    scene.plans = [Plan(Status(epoch=1), (SERVICE,))]
+    await scene.reconcile()
+    assert ("services", "default", "tiny") in scene.kube.objects
+    assert scene.store.refusals.of(TINY) == {}
+
+
+async def test_the_secret_is_posted_once_for_all_pods_of_a_plan(scene: Scene) -> None:
+    other = replace(CREATE, name="tiny-1", rank=1, manifest=child(PODS, "tiny-1"))
+    scene.plans = [Plan(Status(epoch=1), (CREATE, other))]
+    await scene.reconcile()
+    assert scene.kube.count("create", "secrets") == 1
+
+
+async def test_an_existing_secret_is_fine(scene: Scene) -> None:
+    secret = {"metadata": {"name": "tiny-secret", "namespace": "default"}}
+    scene.kube.put(SECRETS, secret)
+    scene.plans = [Plan(Status(epoch=1), (CREATE,))]
+    await scene.reconcile()
+    assert ("pods", "default", "tiny-0") in scene.kube.objects
+
+
+@pytest.mark.parametrize("status", [404, 409])
+async def test_a_pod_that_is_already_gone_counts_as_deleted(scene: Scene, status: int) -> None:
+    scene.plans = [Plan(Status(epoch=1), (DeletePod("tiny-0", "pod-0", "its template changed"),))]
+    scene.kube.before = failing(("delete", "pods", status))
+    await scene.reconcile()
+
+
+async def test_a_pod_that_is_still_there_after_a_conflict_is_deleted_again(scene: Scene) -> None:
+    uid = scene.kube.put(PODS, child(PODS, "tiny-0"))["metadata"]["uid"]
+    scene.plans = [Plan(Status(epoch=1), (DeletePod("tiny-0", uid, "its template changed"),))]
+    scene.kube.before = failing(("delete", "pods", 409), reason="Conflict")
+    with pytest.raises(KubeError):
+        await scene.reconcile()
+    await scene.reconcile()
+    assert ("pods", "default", "tiny-0") not in scene.kube.objects
+
+
+@pytest.mark.parametrize("kind", ["secrets", "pods"])
+async def test_a_child_that_lost_a_race_for_its_quota_is_no_refusal_and_is_made_with_the_next_try(
+    scene: Scene, kind: str
+) -> None:
+    scene.plans = [Plan(Status(epoch=1), (CREATE,))]
+    scene.kube.before = failing(("create", kind, 409), reason="Conflict")
+    with pytest.raises(KubeError):
+        await scene.reconcile()
+    assert scene.store.refusals.of(TINY) == {}
+    await scene.reconcile()
+    assert ("secrets", "default", "tiny-secret") in scene.kube.objects
+    assert ("pods", "default", "tiny-0") in scene.kube.objects
