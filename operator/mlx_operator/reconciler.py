@@ -27,7 +27,8 @@ from mlx_operator.workqueue import WorkQueue
 from mlx_operator_api.conditions import ConditionType
 from mlx_operator_api.status import Status
 
-DEADLINE_SECONDS = 30.0
+DEADLINE_SECONDS = 100.0
+"""A status and two children, each at its longest; what is left is planned again."""
 _CONFLICTS = 5
 _BUGS = 1000
 _SOONEST_SECONDS = 0.1

@@ -1,85 +1,21 @@
 """Children that the API server refuses, and names that are taken: its own words, and the step that helps."""
 
 # ruff: noqa: E501 (the texts are compared word by word)
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
-from mlx_operator.act.kube import KubeError
 from mlx_operator.act.resources import INSTANCES, PODS, SERVICES, Resource
-from mlx_operator_api.conditions import ConditionType, Reason
+from mlx_operator_api.conditions import Reason
 from tests.apiserver import injection
-from tests.apiserver.faulting import seen
-from tests.apiserver.harness import CONFINED_RELEASE, Manifest, World, eventually
-from tests.faults import Fault, Layer, fault
+from tests.apiserver.harness import CONFINED_RELEASE, World
+from tests.apiserver.refusing import BOTH, FORBIDDEN, REFUSED, manifest, present, refused, row, told
+from tests.faults import Fault, fault
 
 _POLICY = "admissionregistration.k8s.io"
 POLICIES = Resource(_POLICY, "v1", "validatingadmissionpolicies", "ValidatingAdmissionPolicy", namespaced=False)
 BINDINGS = Resource(
     _POLICY, "v1", "validatingadmissionpolicybindings", "ValidatingAdmissionPolicyBinding", namespaced=False
 )
-WEBHOOKS = Resource(
-    _POLICY, "v1", "validatingwebhookconfigurations", "ValidatingWebhookConfiguration", namespaced=False
-)
 ROLES = Resource("rbac.authorization.k8s.io", "v1", "roles", "Role")
-REFUSED = "rank 0/2 pod tiny-0: the API server refused the pod (HTTP 403): pods "
-FORBIDDEN = f'{REFUSED}"tiny-0" is forbidden: '
-BOTH = "; the same on 2 ranks; "
-
-
-def row(name: str, what: str, injected: str, says: str, reason: Reason = Reason.POD_REFUSED, **more: Any) -> Fault:
-    return Fault(
-        id=f"kube-{name}",
-        what=what,
-        injected=injected,
-        layer=Layer.OPERATOR,
-        state=None,
-        reason=reason,
-        says=says,
-        condition=ConditionType.READY,
-        **{"rank": None, "who": "each rank", "within": 3.0, **more},
-    )
-
-
-def manifest(resource: Resource, name: str, **fields: Any) -> Manifest:
-    return {"apiVersion": resource.api_version, "kind": resource.kind, "metadata": {"name": name}, **fields}
-
-
-@asynccontextmanager
-async def present(place: World, resource: Resource, body: Manifest) -> AsyncIterator[None]:
-    """An object that is there for a while."""
-    namespace = place.namespace if resource.namespaced else None
-    made = await place.kube.create(resource, namespace, body)
-    try:
-        yield
-    finally:
-        metadata = made["metadata"]
-        await place.kube.delete(resource, namespace, metadata["name"], uid=metadata["uid"])
-
-
-async def refused(place: World, words: str, **container: Any) -> None:
-    """Wait until the API server refuses pods for this reason: its plugins hear of a policy a moment later."""
-    spec = {"containers": [{"name": "c", "image": "c:1", **container}]}
-    body = {"metadata": {"name": "probe"}, "spec": spec}
-
-    async def is_refused() -> bool:
-        try:
-            made = await place.kube.create(PODS, place.namespace, {"apiVersion": "v1", "kind": "Pod", **body})
-        except KubeError as error:
-            return words in error.message
-        await place.kube.delete(PODS, place.namespace, "probe", uid=made["metadata"]["uid"], grace_seconds=0)
-        return False
-
-    await eventually(is_refused, f"pods are refused: {words}")
-
-
-async def told_and_healed(place: World, row: Fault, **spec: Any) -> None:
-    began = time.monotonic()
-    await place.create(**spec)
-    instance = await seen(place, row, since=began)
-    assert instance["status"].get("restarts", 0) == 0
-    assert "history" not in instance["status"]
 
 
 @fault(
@@ -98,7 +34,7 @@ async def test_a_quota_is_told_with_its_name_and_its_end_is_noticed(place: World
         # Without its controller the quota's status is the test's to write.
         status = {"status": {"hard": hard, "used": {"pods": "0"}}}
         await place.kube.merge_patch(injection.QUOTAS, place.namespace, "tight", status, subresource="status")
-        await told_and_healed(place, row)
+        await told(place, row)
     await place.until_ready()
 
 
@@ -117,7 +53,7 @@ async def test_a_limit_range_is_told_and_its_end_is_noticed(place: World, row: F
     async with present(place, injection.LIMITS, manifest(injection.LIMITS, "small", spec=limits)):
         resources = {"limits": {"memory": "2Gi"}}
         await refused(place, "maximum memory usage", resources=resources)
-        await told_and_healed(place, row, runner={"resources": resources})
+        await told(place, row, runner={"resources": resources})
     await place.until_ready()
 
 
@@ -132,7 +68,7 @@ async def test_a_limit_range_is_told_and_its_end_is_noticed(place: World, row: F
 )
 async def test_a_missing_service_account_is_named_and_its_creation_is_noticed(place: World, row: Fault) -> None:
     await place.operator()
-    await told_and_healed(place, row, runner={"serviceAccountName": "robot"})
+    await told(place, row, runner={"serviceAccountName": "robot"})
     async with present(place, injection.ACCOUNTS, manifest(injection.ACCOUNTS, "robot")):
         await place.until_ready()
 
@@ -149,7 +85,7 @@ async def test_a_missing_service_account_is_named_and_its_creation_is_noticed(pl
 )
 async def test_a_missing_priority_class_is_named_and_a_corrected_spec_heals(place: World, row: Fault) -> None:
     await place.operator()
-    await told_and_healed(place, row, runner={"priorityClassName": "gold"})
+    await told(place, row, runner={"priorityClassName": "gold"})
     await place.kube.merge_patch(INSTANCES, place.namespace, "tiny", {"spec": {"runner": None}})
     await place.until_ready()
 
@@ -189,40 +125,10 @@ async def test_an_admission_policy_is_told_by_name_and_a_spec_that_it_allows_hea
         present(place, BINDINGS, manifest(BINDINGS, name, spec=binding)),
     ):
         await refused(place, "a memory limit is required")
-        await told_and_healed(place, row)
+        await told(place, row)
         enough = {"spec": {"runner": {"resources": {"limits": {"memory": "1Gi"}}}}}
         await place.kube.merge_patch(INSTANCES, place.namespace, "tiny", enough)
         await place.until_ready()
-
-
-@fault(
-    row(
-        "webhook-down",
-        "admission webhook out of reach",
-        "a ValidatingWebhookConfiguration whose server does not listen",
-        "rank 0/2 pod tiny-0: the API server refused the pod (HTTP 500): Internal error occurred: failed calling "
-        'webhook "pods.example.com": failed to call webhook: Post "https://127.0.0.1:1/validate?timeout=2s": dial tcp '
-        f"127.0.0.1:1: connect: connection refused{BOTH}bring the admission webhook pods.example.com back; it is tried "
-        "again by itself",
-    )
-)
-async def test_a_webhook_that_is_down_is_told_and_its_return_is_noticed(place: World, row: Fault) -> None:
-    await place.operator()
-    rules = [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}]
-    hook: dict[str, Any] = {
-        "name": "pods.example.com",
-        "clientConfig": {"url": "https://127.0.0.1:1/validate"},
-        "rules": rules,
-        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": place.namespace}},
-        "sideEffects": "None",
-        "admissionReviewVersions": ["v1"],
-        "timeoutSeconds": 2,
-        "failurePolicy": "Fail",
-    }
-    async with present(place, WEBHOOKS, manifest(WEBHOOKS, f"down-{place.namespace}", webhooks=[hook])):
-        await refused(place, "failed calling webhook")
-        await told_and_healed(place, row)
-    await place.until_ready()
 
 
 @fault(
@@ -249,7 +155,7 @@ async def test_a_missing_permission_of_the_operator_is_told_and_its_return_is_no
     assert rules != role["rules"]
     await place.operator(f"--watch-namespace={place.namespace}")
     await place.kube.merge_patch(ROLES, place.namespace, role["metadata"]["name"], {"rules": rules})
-    await told_and_healed(place, row)
+    await told(place, row)
     place.confine()
     await place.until_ready()
 
@@ -273,7 +179,7 @@ async def test_a_foreign_pod_is_named_and_left_alone(place: World, row: Fault) -
     made = await place.kube.create(PODS, place.namespace, body)
     place.kubelet.held.add("tiny-0")
     place.kubelet.why["tiny-0"] = ("ContainerCreating", "")
-    await told_and_healed(place, row)
+    await told(place, row)
     assert (await place.kube.get(PODS, place.namespace, "tiny-1"))["metadata"]["uid"] == made["metadata"]["uid"]
     await place.kube.delete(PODS, place.namespace, "tiny-1", uid=made["metadata"]["uid"], grace_seconds=0)
     injection.released(place)
@@ -296,7 +202,7 @@ async def test_a_foreign_service_is_named_and_left_alone(place: World, row: Faul
     injection.held(place, "ContainerCreating", "", "tiny-0", "tiny-1")
     spec = {"selector": {"app": "theirs"}, "ports": [{"port": 80}]}
     async with present(place, SERVICES, manifest(SERVICES, "tiny", spec=spec)):
-        await told_and_healed(place, row)
+        await told(place, row)
         left = await place.kube.get(SERVICES, place.namespace, "tiny")
         assert left["spec"]["selector"] == {"app": "theirs"}
     injection.released(place)

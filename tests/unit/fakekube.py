@@ -99,7 +99,14 @@ class FakeKube(Kube):
         return made
 
     async def apply(
-        self, resource: Resource, namespace: str | None, name: str, body: Mapping[str, Any], *, force: bool
+        self,
+        resource: Resource,
+        namespace: str | None,
+        name: str,
+        body: Mapping[str, Any],
+        *,
+        force: bool,
+        seconds: float = 10.0,
     ) -> Manifest:
         """Store; without `force` nothing may be there, and a uid is a precondition."""
         self._begin("apply", resource, name)

@@ -45,6 +45,8 @@ UNREACHED = (
     'Internal error occurred: failed calling webhook "policy.example.com": failed to call webhook: Post '
     '"https://policy.default.svc:443/validate?timeout=10s": dial tcp 10.96.3.4:443: connect: connection refused'
 )
+TOO_SLOW = UNREACHED.replace("dial tcp 10.96.3.4:443: connect: connection refused", "context deadline exceeded")
+NO_TIME = "Timeout: request did not complete within requested timeout - context deadline exceeded"
 RBAC = (
     'pods is forbidden: User "system:serviceaccount:mlx-system:mlx-operator" cannot create resource "pods" in API '
     'group "" in the namespace "default"'
@@ -180,6 +182,15 @@ ROWS: dict[str, Row] = {
     "webhook that is down": Row(
         refused(500, UNREACHED), Reason.POD_REFUSED, False, UNREACHED,
         "bring the admission webhook policy.example.com back; it is tried again by itself",
+    ),
+    "webhook that does not answer": Row(
+        refused(500, TOO_SLOW), Reason.POD_REFUSED, False, TOO_SLOW,
+        "see why the admission webhook policy.example.com does not answer in its time; it is tried again by itself",
+    ),
+    "several slow webhooks": Row(
+        refused(504, NO_TIME), Reason.POD_REFUSED, False,
+        f"the API server did not finish in its time to create the pod (HTTP 504): {NO_TIME}",
+        "look for a slow admission webhook, or an API server with too much to do; it is tried again by itself",
     ),
     "admission policy": Row(
         refused(422, POLICY), Reason.POD_REFUSED, True, POLICY,

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
 from mlx_operator.act.kube import KubeError
-from mlx_operator.act.resources import PODS, SECRETS, SERVICES
-from mlx_operator.decide.actions import DeletePod, Plan
+from mlx_operator.act.resources import PODS, SECRETS, SERVICES, Resource
+from mlx_operator.decide.actions import CreatePod, DeletePod, Plan
 from mlx_operator_api.status import Status
 from tests.unit.reconciling import CREATE, GONE, NOTICE, SERVICE, TINY, Scene, child, failing
 
@@ -154,3 +155,69 @@ async def test_a_child_that_lost_a_race_for_its_quota_is_no_refusal_and_is_made_
     await scene.reconcile()
     assert ("secrets", "default", "tiny-secret") in scene.kube.objects
     assert ("pods", "default", "tiny-0") in scene.kube.objects
+
+
+SLOW = 'Internal error occurred: failed calling webhook "pods.example.com": context deadline exceeded'
+NO_TIME = "Timeout: request did not complete within requested timeout - context deadline exceeded"
+SECOND = CreatePod("tiny-1", 1, child(PODS, "tiny-1"), "tiny-secret")
+
+
+@pytest.mark.parametrize(("status", "words"), [(500, SLOW), (504, NO_TIME)], ids=["webhook", "API server"])
+async def test_what_ends_by_a_time_out_is_told_and_no_other_child_is_tried_before_it_is_due(
+    scene: Scene, status: int, words: str
+) -> None:
+    late = True
+
+    def before(verb: str, plural: str, _name: str) -> None:
+        if (verb, plural) == ("create", "pods") and late:
+            raise KubeError(status, "Timeout", words)
+
+    scene.plans = [Plan(Status(epoch=1), (CREATE, SECOND))]
+    scene.kube.before = before
+    await scene.reconcile()
+    await scene.reconcile()
+    assert {name: refusal.message for name, refusal in scene.seen[-1].refusals.items()} == {"tiny-0": words}
+    assert scene.kube.count("create", "pods") == 1
+    scene.time += timedelta(seconds=5)
+    await scene.reconcile()
+    assert [name for verb, plural, name in scene.kube.requests if (verb, plural) == ("create", "pods")] == [
+        "tiny-0"
+    ] * 2
+    late = False
+    scene.time += timedelta(seconds=10)
+    await scene.reconcile()
+    assert sorted(p["metadata"]["name"] for p in scene.store.pods()) == ["tiny-0", "tiny-1"]
+    assert scene.store.refusals.of(TINY) == {}
+
+
+async def test_a_child_that_the_api_server_made_after_all_is_no_refusal(scene: Scene) -> None:
+    scene.plans = [Plan(Status(epoch=1), (CREATE,))]
+    scene.kube.before = failing(("create", "pods", 504))
+    await scene.reconcile()
+    assert scene.store.refusals.of(TINY)["tiny-0"].status == 504
+    scene.store.put(PODS, scene.kube.put(PODS, child(PODS, "tiny-0")))
+    await scene.reconcile()
+    assert scene.seen[-1].refusals == {}
+
+
+async def test_children_are_waited_for_longer_than_webhooks_may_take(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience: dict[str, float] = {}
+    create, apply = scene.kube.create, scene.kube.apply
+
+    async def creating(resource: Resource, *rest: Any, seconds: float) -> Any:
+        patience[resource.plural] = seconds
+        return await create(resource, *rest, seconds=seconds)
+
+    async def applying(resource: Resource, *rest: Any, force: bool, seconds: float) -> Any:
+        patience[resource.plural] = seconds
+        return await apply(resource, *rest, force=force, seconds=seconds)
+
+    monkeypatch.setattr(scene.kube, "create", creating)
+    monkeypatch.setattr(scene.kube, "apply", applying)
+    scene.plans = [Plan(Status(epoch=1), (SERVICE, CREATE))]
+    await scene.reconcile()
+    # The API server ends every such request after 34 s, and no webhook may have more than 30.
+    assert set(patience) == {"services", "secrets", "pods"}
+    assert min(patience.values()) > 34

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from mlx_operator.act.kube import Kube, KubeError, Manifest
+from mlx_operator.act.kube import CHILD_SECONDS, Kube, KubeError, Manifest
 from mlx_operator.act.resources import PODS, SECRETS, SERVICES, Resource
 from mlx_operator.act.tasks import TaskSender
 from mlx_operator.act.tokens import instance_secret
@@ -107,8 +107,12 @@ class Actor:
     async def _create(
         self, key: Key, instance: Mapping[str, Any], action: CreatePod | ApplyService, secrets: set[str]
     ) -> None:
-        """Create a child; a refusal is kept for the next plan and tried again when its back-off is over."""
-        wait = self._store.refusals.wait(key, action.name, action.manifest, self._now())
+        """Create a child; a refusal is kept for the next plan and tried again when its back-off is over.
+
+        While one waits because nobody answered in time, so do all: each attempt would keep this worker as long.
+        """
+        now, refusals = self._now(), self._store.refusals
+        wait = max(refusals.wait(key, action.name, action.manifest, now), refusals.held_up(key, action.name, now))
         if wait > 0:
             self._later(key, wait)
             return
@@ -119,10 +123,11 @@ class Actor:
             else:
                 await self._apply_service(key, instance, action)
         except KubeError as error:
-            if (error.transient and not error.unreached_webhook) or error.contended:
+            told = error.unreached_webhook or error.unfinished
+            if (error.transient and not told) or error.contended:
                 raise
             refusal = Refusal(error.status, error.message, self._now())
-            self._store.refusals.note(key, action.name, action.manifest, refusal)
+            self._store.refusals.note(key, action.name, action.manifest, refusal, late=error.late)
             about = _about(key, instance, action)
             decision("child refused", level=logging.WARNING, child=action.name, error=error, **about)
             self._later(key, 0.0)  # the refusal belongs into status
@@ -134,7 +139,7 @@ class Actor:
             return
         try:
             body = instance_secret(instance, name, self._token_of(instance["metadata"]["uid"]))
-            await self._kube.create(SECRETS, key.namespace, body)
+            await self._kube.create(SECRETS, key.namespace, body, seconds=CHILD_SECONDS)
         except KubeError as error:
             # Its name holds the uid and the key: an earlier try of ours made the same. Whether somebody else made it
             # with another token (we may not read it) shows when the runners refuse ours.
@@ -146,7 +151,7 @@ class Actor:
 
     async def _create_pod(self, key: Key, instance: Mapping[str, Any], action: CreatePod) -> None:
         try:
-            pod = await self._kube.create(PODS, key.namespace, action.manifest)
+            pod = await self._kube.create(PODS, key.namespace, action.manifest, seconds=CHILD_SECONDS)
         except KubeError as error:
             if not error.exists:
                 raise
@@ -181,7 +186,8 @@ class Actor:
             _require_ours(known, instance, SERVICES)
             # The uid is a precondition: a namesake that somebody makes meanwhile is not taken over.
             body["metadata"] = {**body["metadata"], "uid": known["metadata"]["uid"]}
-        return await self._kube.apply(SERVICES, key.namespace, action.name, body, force=known is not None)
+        force = known is not None
+        return await self._kube.apply(SERVICES, key.namespace, action.name, body, force=force, seconds=CHILD_SECONDS)
 
 
 def owned(child: Mapping[str, Any], instance: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ without preloading never raise. Here every answer's status is checked and every 
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ from mlx_operator_api import names
 
 Manifest = dict[str, Any]
 REQUEST_SECONDS = 10.0
+CHILD_SECONDS = 40.0
+"""For what admission webhooks look at: each has up to 30 s, and the API server itself gives up after 34 s."""
 LIST_SECONDS = 30.0
 PAGE = 100
 """Objects of a list that lie in memory as JSON at a time: what a page leaves behind is reused for the next one."""
@@ -26,6 +29,7 @@ _HEAD = 400
 _MERGE_PATCH = "application/merge-patch+json"
 _APPLY_PATCH = "application/apply-patch+yaml"
 _WEBHOOK = "failed calling webhook"
+_LATE = re.compile(r"deadline exceeded|Client\.Timeout|(handshake|i/o) timeout")
 # An apply of a malformed object is answered 500, not 422: a repetition cannot help.
 _MALFORMED_APPLY = "failed to create typed patch object"
 
@@ -67,6 +71,16 @@ class KubeError(Exception):
     def unreached_webhook(self) -> bool:
         """An admission webhook did not answer: nothing was carried out, and somebody has to bring it back."""
         return self.status == 500 and _WEBHOOK in self.message
+
+    @property
+    def unfinished(self) -> bool:
+        """The API server's own time for the request was over: webhooks took too long together, or it is overloaded."""
+        return self.status == 504
+
+    @property
+    def late(self) -> bool:
+        """Somebody was waited for until a time-out: every other attempt would cost as long."""
+        return self.unfinished or (self.unreached_webhook and _LATE.search(self.message) is not None)
 
 
 def _shortened(message: str) -> str:
@@ -181,7 +195,14 @@ class Kube:
         )
 
     async def apply(
-        self, resource: Resource, namespace: str | None, name: str, body: Mapping[str, Any], *, force: bool
+        self,
+        resource: Resource,
+        namespace: str | None,
+        name: str,
+        body: Mapping[str, Any],
+        *,
+        force: bool,
+        seconds: float = REQUEST_SECONDS,
     ) -> Manifest:
         """Server-side apply; without `force` a field that somebody else manages is a 409.
 
@@ -189,7 +210,9 @@ class Kube:
         """
         query = {**_WRITER, "force": "true" if force else "false"}
         try:
-            return await self._request("patch", resource, namespace, name, body=body, query=query, content=_APPLY_PATCH)
+            return await self._request(
+                "patch", resource, namespace, name, body=body, query=query, content=_APPLY_PATCH, seconds=seconds
+            )
         except KubeError as error:
             if error.status == 500 and _MALFORMED_APPLY in error.message:
                 raise KubeError(422, "Invalid", error.message) from error

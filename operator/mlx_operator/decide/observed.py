@@ -44,7 +44,8 @@ class Refusal:
     """The API server's last answer to an attempt to create a child."""
 
     status: int
-    """HTTP status: 400 or 403 quota or policy, 409 the name belongs to somebody else, 422 invalid, 500 a webhook."""
+    """HTTP status: 400 or 403 quota or policy, 409 the name belongs to somebody else, 422 invalid, 500 a webhook,
+    504 the API server's own time was over."""
     message: str
     time: datetime
 

@@ -21,6 +21,7 @@ from .problem import MAX_WORDS, Problem, of_rank
 
 ENDPOINT_SECONDS = 30.0
 """How long rank 0's pod may take to become Ready once every runner is."""
+GATEWAY_TIMEOUT = 504
 BAD_REQUEST = (400, 403, 409, 413, 422)
 """Answers of the API server that stay the same until somebody changes something."""
 
@@ -61,10 +62,10 @@ def _service(picture: Picture) -> Iterator[Problem]:
         yield Problem(ConditionType.READY, Reason.CHILD_CONFLICT, words, stalled=True, advice=remedy)
     elif found is None and refusal is not None:
         conflict = refusal.status == 409
-        words = "" if conflict else f"Service {name}: the API server refused it (HTTP {refusal.status}): "
+        words = "" if conflict else f"Service {name}: the API server {_did(refusal)} it (HTTP {refusal.status}): "
         words = one_line(words + refusal.message, MAX_WORDS)
         reason = Reason.CHILD_CONFLICT if conflict else Reason.POD_REFUSED
-        advice = remedies.find(reason, refusal.message, None)
+        advice = remedies.find(reason, words, None)
         yield Problem(ConditionType.READY, reason, words, stalled=refusal.status in BAD_REQUEST, advice=advice)
 
 
@@ -82,12 +83,17 @@ def _refused(rank: Rank, picture: Picture) -> Problem | None:
     if rank.pod is not None or rank.foreign is not None or refusal is None:
         return None
     said = refused.in_spec(refusal.message, picture.wanted, rank.rank)
-    words = f"the API server refused {_what(refusal)} (HTTP {refusal.status}): {said}"
+    words = f"the API server {_did(refusal)} {_what(refusal)} (HTTP {refusal.status}): {said}"
     if refusal.status == 409:
         return of_rank(picture, rank, Reason.CHILD_CONFLICT, refusal.message, stalled=True)
     if picture.wanted.source.kind is SourceKind.IMAGE and podstart.NO_IMAGE_VOLUME.search(refusal.message):
         return of_rank(picture, rank, Reason.IMAGE_VOLUME_UNSUPPORTED, words, stalled=True)
     return of_rank(picture, rank, Reason.POD_REFUSED, words, stalled=refusal.status in BAD_REQUEST)
+
+
+def _did(refusal: Refusal) -> str:
+    """Where its own time was over, it may have created the child or not; that shows by itself."""
+    return "did not finish in its time to create" if refusal.status == GATEWAY_TIMEOUT else "refused"
 
 
 def _what(refusal: Refusal) -> str:

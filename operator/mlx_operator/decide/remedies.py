@@ -75,6 +75,16 @@ _TABLE = (
     ),
     Remedy(
         _R.POD_REFUSED,
+        r'failed calling webhook "(?P<name>[^"]+)".*(deadline exceeded|Client\.Timeout|(handshake|i/o) timeout)',
+        "see why the admission webhook {name} does not answer in its time; it is tried again by itself",
+    ),
+    Remedy(
+        _R.POD_REFUSED,
+        r"did not finish in its time to create",
+        "look for a slow admission webhook, or an API server with too much to do; it is tried again by itself",
+    ),
+    Remedy(
+        _R.POD_REFUSED,
         r'failed calling webhook "(?P<name>[^"]+)"',
         "bring the admission webhook {name} back; it is tried again by itself",
     ),

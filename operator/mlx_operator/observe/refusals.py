@@ -18,6 +18,7 @@ class _Record:
     refusal: Refusal
     attempts: int
     manifest: str
+    late: bool
 
     @property
     def again_at(self) -> datetime:
@@ -35,12 +36,12 @@ class Refusals:
         """The refusals of an instance, by name of the child."""
         return {child: record.refusal for child, record in self._records.get(key, {}).items()}
 
-    def note(self, key: Key, child: str, manifest: Mapping[str, Any], refusal: Refusal) -> None:
-        """Keep the answer to an attempt."""
+    def note(self, key: Key, child: str, manifest: Mapping[str, Any], refusal: Refusal, *, late: bool = False) -> None:
+        """Keep the answer to an attempt. `late`: it came by a time-out."""
         records = self._records.setdefault(key, {})
         before = records.get(child)
         attempts = before.attempts + 1 if before is not None else 1
-        records[child] = _Record(refusal, attempts, _text(manifest))
+        records[child] = _Record(refusal, attempts, _text(manifest), late)
 
     def clear(self, key: Key, child: str) -> bool:
         """The child exists: forget the refusal. True when there was one."""
@@ -60,6 +61,11 @@ class Refusals:
         if record is None or record.manifest != _text(manifest):
             return 0.0
         return max(0.0, (record.again_at - now).total_seconds())
+
+    def held_up(self, key: Key, child: str, now: datetime) -> float:
+        """Seconds until another child is due whose last attempt ended by a time-out."""
+        others = (record for name, record in self._records.get(key, {}).items() if name != child and record.late)
+        return max([0.0, *((record.again_at - now).total_seconds() for record in others)])
 
 
 def _text(manifest: Mapping[str, Any]) -> str:

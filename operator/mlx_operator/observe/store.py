@@ -59,6 +59,10 @@ class Store:
             self.pod_changed(kept["metadata"]["uid"])
         if resource is INSTANCES and before is None:
             self._owner_changed(kept)
+        if resource in (PODS, SERVICES):
+            # Whatever was answered to its creation, it exists.
+            for key in _keys(resource, kept):
+                self.refusals.clear(key, kept["metadata"]["name"])
         return _keys(resource, before) | _keys(resource, kept)
 
     def remove(self, resource: Resource, uid: str, version: str) -> Keys:
