@@ -24,6 +24,8 @@ NO_HOST = (
     'failed to pull and unpack image "registry.invalid/runner:1": failed to resolve image: failed to do request: Head '
     '"https://registry.invalid/v2/runner/manifests/1": dial tcp: lookup registry.invalid on 10.96.0.10:53: no such host'
 )
+ADAPTER = "registry.invalid/adapter:1"
+NO_ADAPTER = NO_HOST.replace("runner", "adapter")
 NO_COMMAND = 'failed to generate container "0123" spec: failed to apply OCI options: no command specified'
 VOLUME = 'MountVolume.SetUp failed for volume "api-keys" : secret "clients" not found'
 
@@ -88,6 +90,7 @@ async def test_what_the_scheduler_says_is_told_and_its_end_is_noticed(place: Wor
 
 WAITING = {
     "kube-image": ("ErrImagePull", NO_HOST),
+    "kube-adapter-image": ("ErrImagePull", NO_ADAPTER),
     "kube-create-container": ("CreateContainerError", NO_COMMAND),
     "kube-secret-missing": ("CreateContainerConfigError", 'secret "settings" not found'),
     "kube-configmap-missing": ("CreateContainerConfigError", 'configmap "settings" not found'),
@@ -103,6 +106,16 @@ WAITING = {
         f"rank 1/2 pod tiny-1 on node n2: {NO_HOST}; make the registry reachable from the node (DNS, proxy, firewall, "
         "certificates), or correct spec.runner.image",
         rank=1,
+    ),
+    row(
+        "adapter-image",
+        "the adapter's image cannot be pulled",
+        "the kubelet's ErrImagePull about `oci://registry.invalid/adapter:1`, the model being on a claim",
+        Reason.IMAGE_PULL_FAILED,
+        f"rank 1/2 pod tiny-1 on node n2: {NO_ADAPTER}; correct spec.model.adapter.source or imagePullSecrets, or make "
+        "the registry reachable",
+        rank=1,
+        then="the user: corrects the spec or the registry; then by itself",
     ),
     row(
         "create-container",
@@ -137,11 +150,17 @@ async def test_what_the_kubelet_says_of_a_container_is_told_and_its_end_is_notic
     injection.held(place, "ContainerCreating", "", "tiny-0")
     injection.held(place, *WAITING[row.id], "tiny-1")
     began = time.monotonic()
-    await place.create()
+    if row.id == "kube-adapter-image":
+        model = {"source": "pvc://models/tiny", "adapter": {"source": f"oci://{ADAPTER}"}}
+        await place.create(model=model)
+    else:
+        await place.create()
     instance = await seen(place, row, since=began)
     assert instance["status"]["restarts"] == 0
     assert "history" not in instance["status"]
     injection.released(place)
+    if row.id == "kube-adapter-image":  # this kubelet mounts no images
+        return
     instance = await place.until_ready()
     assert instance["status"]["epoch"] == 1
     assert instance["status"].get("restarts", 0) == 0, "what a pod waits for spends no budget"
@@ -254,7 +273,7 @@ NO_IMAGE_VOLUMES = "image volume is not supported by the container runtime"
         "the kubelet's CreateContainerError (the words are made up: no such node was at hand)",
         Reason.IMAGE_VOLUME_UNSUPPORTED,
         f"rank 0/1 pod tiny-0 on node n1: CreateContainerError: {NO_IMAGE_VOLUMES}; upgrade the nodes, or use a pvc:// "
-        "source",
+        "source in spec.model.source",
         ranks=1,
         rank=0,
     ),

@@ -5,9 +5,8 @@ from dataclasses import replace
 from datetime import timedelta
 
 from mlx_operator_api.conditions import ConditionType, Reason
-from mlx_operator_api.source import SourceKind
 
-from . import ends, missing, remedies
+from . import ends, images, missing, remedies
 from .messages import clauses, listed
 from .picture import Picture, Rank
 from .pods import PodView
@@ -34,8 +33,6 @@ _UNBOUND = re.compile(r'unbound immediate PersistentVolumeClaims|PVC is not boun
 _MOUNT = re.compile(r"MountVolume|Unable to attach or mount|FailedMount|AttachVolume|not found|sandbox")
 ALIKE = re.compile(r"; the same on \d+ ranks$")
 """What `problems.find` appends."""
-NO_IMAGE_VOLUME = re.compile(r"must specify (a|one) volume type|ImageVolumeMountFailed|image volumes? .*not support")
-"""A node or an API server that knows no image volumes."""
 
 
 def placed(rank: Rank, picture: Picture) -> Problem | None:
@@ -101,8 +98,8 @@ def up(rank: Rank) -> bool:
 
 
 def _not_created(rank: Rank, picture: Picture, words: str) -> Problem:
-    if picture.wanted.source.kind is SourceKind.IMAGE and NO_IMAGE_VOLUME.search(words):
-        return of_rank(picture, rank, Reason.IMAGE_VOLUME_UNSUPPORTED, words, stalled=True)
+    if (remedy := images.volume_remedy(picture.wanted, words)) is not None:
+        return of_rank(picture, rank, Reason.IMAGE_VOLUME_UNSUPPORTED, words, stalled=True, remedy=remedy)
     remedy = missing.remedy(picture, words)
     return of_rank(picture, rank, Reason.CONTAINER_START_ERROR, words, stalled=True, remedy=remedy)
 
@@ -114,9 +111,7 @@ def _pull(rank: Rank, pod: PodView, picture: Picture) -> Problem:
     notes = (_PULL_PREFIX.sub("", note.partition(": ")[2]) for note in rank.notes if "pull image" in note)
     words = words or next((note for note in notes if note), "") or box.waiting
     known = picture.stored.condition(ConditionType.SCHEDULED)
-    source, remedy = picture.wanted.source, None
-    if source.kind is SourceKind.IMAGE and source.name in box.message:
-        remedy = remedies.MODEL_IMAGE
+    remedy = images.pull_remedy(picture.wanted, box.message)
     secret = next((match[0] for note in rank.notes if (match := _NO_PULL_SECRET.search(note)) is not None), "")
     said = clauses(words, secret)
     found = of_rank(picture, rank, Reason.IMAGE_PULL_FAILED, said, stalled=True, remedy=remedy)

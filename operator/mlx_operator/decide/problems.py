@@ -8,11 +8,10 @@ from mlx_operator_api import names
 from mlx_operator_api.conditions import ConditionType, Reason, Retry
 from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS
 from mlx_operator_api.runner import RunnerState
-from mlx_operator_api.source import SourceKind
 from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import PROTOCOL
 
-from . import downloads, podstart, refused, remedies, restart, service
+from . import downloads, images, podstart, refused, remedies, restart, service
 from .messages import clauses, clock_time, listed, one_line
 from .observed import Refusal
 from .picture import GONE_SECONDS, Picture, Rank, effective, meeting
@@ -86,8 +85,8 @@ def _refused(rank: Rank, picture: Picture) -> Problem | None:
     words = f"the API server {_did(refusal)} {_what(refusal)} (HTTP {refusal.status}): {said}"
     if refusal.status == 409:
         return of_rank(picture, rank, Reason.CHILD_CONFLICT, refusal.message, stalled=True)
-    if picture.wanted.source.kind is SourceKind.IMAGE and podstart.NO_IMAGE_VOLUME.search(refusal.message):
-        return of_rank(picture, rank, Reason.IMAGE_VOLUME_UNSUPPORTED, words, stalled=True)
+    if (remedy := images.volume_remedy(picture.wanted, refusal.message)) is not None:
+        return of_rank(picture, rank, Reason.IMAGE_VOLUME_UNSUPPORTED, words, stalled=True, remedy=remedy)
     return of_rank(picture, rank, Reason.POD_REFUSED, words, stalled=refusal.status in BAD_REQUEST)
 
 

@@ -201,8 +201,9 @@ _TABLE = (
 )
 """The first row that matches counts."""
 
-MODEL_IMAGE = "correct spec.model.source or imagePullSecrets, or make the registry reachable"
-"""About ImagePullFailed, when the image is the model's."""
+MODEL_IMAGE = "correct {field} or imagePullSecrets, or make the registry reachable"
+"""About ImagePullFailed, when the image is the model's or the adapter's."""
+IMAGE_VOLUME = "upgrade the nodes, or use a pvc:// source in {field}"
 ADAPTER = (
     "correct spec.model.adapter.source: it must lead to a directory with adapter_config.json and adapters.safetensors"
 )
@@ -213,6 +214,7 @@ MISSING_KEY = "add the key that the message names to the {kind} {name}, or corre
 LOST_TOKEN = "make its Secret again, which is done with each new pod: kubectl delete pod POD"  # noqa: S105 (no token)
 _OTHERS = {
     Reason.IMAGE_PULL_FAILED: (MODEL_IMAGE,),
+    Reason.IMAGE_VOLUME_UNSUPPORTED: (IMAGE_VOLUME,),
     Reason.CONTAINER_START_ERROR: (MISSING, MISSING_KEY, LOST_TOKEN),
     Reason.VOLUME_NOT_FOUND: (MISSING,),
     Reason.MODEL_NOT_FOUND: (ADAPTER,),
