@@ -47,6 +47,8 @@ class Containers:
         """How a container of these pods ended before, by name; as the kubelet tells it."""
         self.unready: set[str] = set()
         """Names of pods that cannot be reached by readiness probes."""
+        self.silent: dict[str, asyncio.Event] = {}
+        """By pod, until when nothing is told of it: its node's kubelet is slow."""
         self.engine_plan = folder / "engine-plan.json"
         write_model(folder / "models" / "tiny")
 
@@ -258,6 +260,8 @@ class Containers:
         return found
 
     async def _report(self, container: Container, state: dict[str, Any]) -> None:
+        if container.name in self.silent:
+            await self.silent[container.name].wait()
         if container.over:
             return
         ready = "True" if container.ready else "False"

@@ -1,5 +1,6 @@
 """Supervisors that are silent, gone, or not to be understood, as the operator tells it."""
 
+import asyncio
 import signal
 import time
 
@@ -59,6 +60,41 @@ async def test_a_container_that_ended_is_told_with_the_kubelets_word(shared: Wor
     began = time.monotonic()
     shared.kubelet.kill("tiny-1")
     await seen(shared, row, since=began)
+    await comes_back(shared)
+
+
+@fault(
+    Fault(
+        id="both-containers-killed",
+        what="both ranks lost at once",
+        injected="`kill -KILL` of the supervisors and engines of both ranks; rank 0's kubelet tells of it later",
+        layer=Layer.OPERATOR,
+        state=S.READY,
+        reason=Reason.CONTAINER_CRASHED,
+        says="rank 1/2 pod tiny-1 on node n2: container ended with exit code 137 (SIGKILL) in RunnerReady; "
+        "restart 2/5 at …",
+        others=Reason.CONTAINER_CRASHED,
+        within=8.0,
+    )
+)
+async def test_of_two_ranks_lost_at_once_the_first_told_is_the_cause_and_the_other_has_its_own(
+    shared: World, row: Fault
+) -> None:
+    await started(shared, row)
+    later = shared.kubelet.silent["tiny-0"] = asyncio.Event()
+    began = time.monotonic()
+    shared.kubelet.kill("tiny-0")
+    shared.kubelet.kill("tiny-1")
+    await shared.until(lambda i: bool(i["status"].get("history")), "the first end is told")
+    later.set()
+    instance = await seen(shared, row, since=began)
+    (told,) = instance["status"]["history"]
+    assert (told["rank"], told.get("consequences", [])) == (1, []), (
+        "nothing followed from the other: it ended by itself"
+    )
+    own = [runner["lastFailure"] for runner in instance["status"]["runners"]]
+    assert [(failure["reason"], failure["exitCode"]) for failure in own] == [(Reason.CONTAINER_CRASHED, 137)] * 2
+    assert instance["status"]["restarts"] == 2, "one failure"
     await comes_back(shared)
 
 
