@@ -1,5 +1,7 @@
 """The story that Events tell of an epoch: whole, in order, and the same however many writes it took."""
 
+import pytest
+
 from mlx_operator.act.recorder import event
 from mlx_operator.decide.actions import Notice
 from mlx_operator.decide.writes import QUIET_SECONDS
@@ -102,3 +104,23 @@ def test_names_sort_as_the_story_went_whatever_came_in_the_way() -> None:
         R.EPOCH_STARTED, R.MODEL_LOADED, R.READY, R.SUSPENDED,
     ]  # fmt: skip
     assert by_name(cluster.events) == told
+
+
+def test_an_endpoint_that_is_lost_or_late_is_told_where_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost, late = Cluster(), Cluster()
+    lost.run()
+    lost.wait(3)
+    for cluster in (lost, late):
+        monkeypatch.setattr(cluster, "_probe", lambda pod: False)
+        for pod in cluster.pods.values():
+            pod.manifest["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+        cluster.run()
+    assert reasons(lost) == [*START, R.MODEL_LOADED, R.READY, R.POD_NOT_READY]
+    assert reasons(late) == [*START, R.MODEL_LOADED, R.POD_NOT_READY]
+    for cluster in (lost, late):
+        monkeypatch.undo()
+        cluster.run()
+        assert cluster.ready()
+    # The repeat of Ready is folded into the first one.
+    assert by_name(lost.events) == [*START, R.MODEL_LOADED, R.READY, R.READY, R.POD_NOT_READY]
+    assert by_name(late.events) == [*START, R.MODEL_LOADED, R.POD_NOT_READY, R.READY]

@@ -33,14 +33,22 @@ def tell(old: Status, situation: Situation, opened: Reason | None) -> tuple[Noti
 
 def so_far(old: Status, new: Status) -> Step:
     """How far the story of the epoch is, for what is told at no step of its own."""
-    ready, failure = old.condition(ConditionType.READY), restart.final_failure(new)
-    if failure is not None:
+    if restart.final_failure(new) is not None:
         return Step.OVER
     if not assigned(new):
         return Step.WAITING
-    if ready is not None and ready.status == "True":
+    if _served(old):
         return Step.SERVING
     return Step.WARMING_UP if _holds_shards(new) else Step.STARTING
+
+
+def _served(status: Status) -> bool:
+    """Whether the epoch was Ready, and still is but for what came in the way: then Ready ended after its ranks' way."""
+    ready = status.condition(ConditionType.READY)
+    if ready is None or ready.status == "True":
+        return ready is not None
+    times = [record.since for record in status.runners if record.state is RunnerState.READY and record.since]
+    return len(times) == len(status.runners) > 0 and ready.last_transition_time > max(times)
 
 
 def _epoch(old: Status, new: Status, picture: Picture, opened: Reason | None) -> Iterator[Notice]:
