@@ -9,6 +9,7 @@ import pytest
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.tasks import Sharding
+from tests.apiserver import injection
 from tests.apiserver.faulting import comes_back, failed_before, in_state, seen, started, stays_until_asked
 from tests.apiserver.harness import World
 from tests.faults import Fault, Layer, fault
@@ -83,8 +84,13 @@ async def test_of_two_ranks_lost_at_once_the_first_told_is_the_cause_and_the_oth
     await started(shared, row)
     later = shared.kubelet.silent["tiny-0"] = asyncio.Event()
     began = time.monotonic()
-    shared.kubelet.kill("tiny-0")
-    shared.kubelet.kill("tiny-1")
+    pods = ("tiny-0", "tiny-1")
+    for name in pods:
+        # Stopped before any of them dies: nobody lives to see the other go.
+        shared.kubelet.kill_engine(name, signal.SIGSTOP)
+        injection.freeze(shared, name)
+    for name in pods:
+        shared.kubelet.kill(name)
     await shared.until(lambda i: bool(i["status"].get("history")), "the first end is told")
     later.set()
     instance = await seen(shared, row, since=began)
