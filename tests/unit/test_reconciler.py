@@ -36,6 +36,17 @@ async def test_status_comes_before_actions_and_actions_before_events(scene: Scen
     ]
 
 
+async def test_events_of_one_plan_have_times_in_their_order(scene: Scene) -> None:
+    """By which `kubectl events` sorts."""
+    reasons = (Reason.PODS_CREATED, Reason.EPOCH_STARTED, Reason.MODEL_LOADED)
+    scene.plans = [Plan(Status(epoch=1), (), tuple(replace(NOTICE, reason=reason) for reason in reasons))]
+    await scene.reconcile()
+    await scene.post_events()
+    posted = [item for place, item in scene.kube.objects.items() if place[0] == EVENTS.plural]
+    assert [item["reason"] for item in sorted(posted, key=lambda item: str(item["eventTime"]))] == list(reasons)
+    assert len({item["eventTime"] for item in posted}) == len(reasons)
+
+
 async def test_a_conflict_plans_again_from_the_fresh_object_and_acts_once(scene: Scene) -> None:
     fresh = scene.kube.put(
         INSTANCES, {**scene.kube.objects["modelinstances", "default", "tiny"], "spec": {"runners": 3}}
