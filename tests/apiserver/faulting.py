@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_operator.act.resources import INSTANCES
 from mlx_operator_api import names
-from mlx_operator_api.conditions import ConditionType, Reason
+from mlx_operator_api.conditions import ConditionType
 from mlx_operator_api.runner import RunnerState
 from tests.apiserver.crd.kubectl import Kubectl
 from tests.apiserver.harness import Manifest, World, condition, eventually, is_ready
@@ -41,6 +41,10 @@ _NORMAL: tuple[tuple[str, str], ...] = (
     (r"\bstep \d+", "step N"),
 )
 """What differs from run to run, and what stands for it."""
+_WAITED = r"(connection to rank \d+ closed|not connected within .*: still waiting for rank \d+), in Runner\w+"
+_CONSEQUENCE = re.compile(rf"RunnerShutdown \(consequence\)(, layers \d+-\d+)?|RunnerFailed \(consequence\), {_WAITED}")
+"""What the line of a rank that was taken along says."""
+_LOST = re.compile(rf"^      Message: rank \d+/.*: {_WAITED}$\n      Reason: (PeerLost|ConnectTimeout)$", re.MULTILINE)
 _EVENT = re.compile(r"^  (Normal|Warning) +(\S+) +(\S+ \(x\d+ over \S+\)|\S+) +(\S+) +(.*)$", re.MULTILINE)
 
 
@@ -105,8 +109,8 @@ def normal(text: str, namespace: str) -> str:
     text = re.sub(rf"\b{namespace}\b", "default", text)
     for pattern, shown in _NORMAL:
         text = re.sub(pattern, shown, text)
-    # Its columns are as wide as the ages are long; the steps of the way there are told only where they last.
-    text = _EVENT.sub(lambda e: f"  {e[1]}  {e[2]:<24}  {e[5]}" if e[1] == "Warning" else "", text)
+    # Its columns are as wide as the ages are long.
+    text = _EVENT.sub(lambda e: f"  {e[1]:<7}  {e[2]:<24}  {e[5]}", text)
     text = re.sub(r"\n  Type +Reason +Age +From +Message\n  [- ]+", "", text)
     return "\n".join(line.rstrip() for line in text.splitlines() if line.strip()) + "\n"
 
@@ -114,17 +118,17 @@ def normal(text: str, namespace: str) -> str:
 def settled(text: str) -> str:
     """A text of `kubectl describe` without what depends on who was quicker.
 
-    A rank that was taken along is shut down by the operator, or tells of its lost peer first; a download that is slow
-    has found out its commit when its time is over, or not.
+    A rank that was taken along is shut down by the operator, or tells of its lost peer first: to make that certain, the
+    operator would have to leave engines running for as long as a peer may take to notice, and the restart would wait
+    for it. So a text may show either, and nothing else; how far the rank was counts where the group had been Ready.
     """
     ranks = set(re.findall(r"^    rank (\d+)/.* \(consequence\)", text, re.MULTILINE))
-    text = re.sub(r"^(    rank \d+/.*: )\S+ \(consequence\).*$", r"\1(consequence)", text, flags=re.MULTILINE)
-    if Reason.DOWNLOAD_TIMEOUT in text:
-        text = re.sub(r"^    Revision: .*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^(    rank \d+/.*: )(\S+ \(consequence\).*)$", _either, text, flags=re.MULTILINE)
+    ready = re.search(r"^  Normal +Ready ", text, re.MULTILINE) is not None
     head, runners, rest = text.partition("\n  Runners:\n")
     entries, more, tail = rest.partition("\n  Runners Ready:")
     parts = re.split(r"^(?=    Epoch:)", entries + "\n", flags=re.MULTILINE)
-    kept = (_unhurried(part) if (_rank_of(part) in ranks) else part for part in parts)
+    kept = (_unhurried(part, ready=ready) if (_rank_of(part) in ranks) else part for part in parts)
     return head + runners + "".join(kept) + more + tail
 
 
@@ -133,11 +137,23 @@ def _rank_of(entry: str) -> str:
     return found[1] if found else ""
 
 
-def _unhurried(entry: str) -> str:
-    """An entry of `status.runners` without how its rank ended."""
-    entry = re.sub(r"^    Last Failure:\n(      .*\n)+", "", entry, flags=re.MULTILINE)
-    entry = re.sub(r"^    (Progress|State|Layers): .*\n", "", entry, flags=re.MULTILINE)
-    return re.sub(r": +", ": ", entry)  # as wide as the longest name
+def _either(line: re.Match[str]) -> str:
+    """A rank's line of the brief, where it says one of the two things that a consequence may say."""
+    return f"{line[1]}(consequence)" if _CONSEQUENCE.fullmatch(line[2]) else line[0]
+
+
+def _unhurried(entry: str, *, ready: bool) -> str:
+    """An entry of `status.runners` without how its rank ended, if that is one of the two ways."""
+    entry = re.sub(r": +", ": ", entry)  # as wide as the longest name
+    failure = re.search(r"^    Last Failure:\n(      .*\n)+", entry, re.MULTILINE)
+    state = re.search(r"^    State: (\w+)$", entry, re.MULTILINE)
+    shut_down = failure is None and state is not None and state[1] == RunnerState.SHUTDOWN
+    lost = failure is not None and state is not None and state[1] == RunnerState.FAILED
+    if not shut_down and not (failure is not None and lost and _LOST.search(failure[0])):
+        return entry
+    entry = entry.replace(failure[0], "") if failure is not None else entry
+    dropped = "Progress|State" if ready else "Progress|State|Layers"
+    return re.sub(rf"^    ({dropped}): .*\n", "", entry, flags=re.MULTILINE)
 
 
 async def started(place: World, row: Fault, *, hold: str = "", **spec: Any) -> None:
