@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from mlx_operator.decide.spec import Wanted
 from mlx_operator.decide.template import labels
 from mlx_operator_api import crd, names
+from mlx_operator_api.deadlines import DEFAULT_DEADLINES, Deadlines
 from mlx_operator_api.fields import DURATION_RULE, RESERVED_ENV_PREFIXES
-from mlx_operator_api.modelinstance import DEFAULT_DEADLINES, RESERVED_LABELS, Deadlines
+from mlx_operator_api.runner_pod import RESERVED_LABELS
 from mlx_operator_api.schema import NotStructuralError, structural
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

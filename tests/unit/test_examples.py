@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from mlx_operator_api import crd
-from mlx_operator_api.modelinstance import (
+from mlx_operator_api.deadlines import DEFAULT_DEADLINES
+from mlx_operator_api.modelinstance import ModelInstance
+from mlx_operator_api.restart_policy import (
     DEFAULT_BACKOFF_INITIAL,
     DEFAULT_BACKOFF_MAX,
-    DEFAULT_DEADLINES,
     DEFAULT_MAX_RESTARTS,
     DEFAULT_RESET_AFTER,
-    ModelInstance,
 )
 from mlx_operator_api.source import parse
 from mlx_operator_api.tasks import ServingOptions

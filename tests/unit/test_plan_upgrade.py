@@ -9,7 +9,7 @@ from mlx_operator.decide import spec as specs
 from mlx_operator.decide import template
 from mlx_operator.decide.spec import parse
 from mlx_operator_api.conditions import ConditionType, Reason
-from mlx_operator_api.modelinstance import DEFAULT_DEADLINES
+from mlx_operator_api.deadlines import DEFAULT_DEADLINES
 from mlx_operator_api.tasks import PROTOCOL, CreateRunner, ServingOptions
 from tests.unit.scenes import condition, ready
 from tests.unit.simulator import Cluster

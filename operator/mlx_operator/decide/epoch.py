@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 from mlx_operator_api.conditions import ConditionType, Reason
-from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS
+from mlx_operator_api.deadlines import OPERATOR_GRACE_SECONDS
 from mlx_operator_api.runner import ENDED, RunnerState
 from mlx_operator_api.status import AdapterStatus, GroupFailure, ModelStatus, RunnerStatus, Status
 

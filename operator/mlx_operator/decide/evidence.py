@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from mlx_operator_api.conditions import Reason
-from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS
+from mlx_operator_api.deadlines import OPERATOR_GRACE_SECONDS
 from mlx_operator_api.runner import RunnerState, TaskName
 from mlx_operator_api.status import LastFailure
 from mlx_operator_api.tasks import RunnerReport, TaskPhase

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from mlx_operator_api import names
 from mlx_operator_api.conditions import ConditionType, Reason, Retry
-from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS
+from mlx_operator_api.deadlines import OPERATOR_GRACE_SECONDS
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import PROTOCOL

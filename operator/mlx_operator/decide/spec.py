@@ -13,13 +13,13 @@ from pydantic import BaseModel, ValidationError
 
 from mlx_operator_api import names, source
 from mlx_operator_api.base import parse_time, seconds
-from mlx_operator_api.modelinstance import (
+from mlx_operator_api.deadlines import Deadlines
+from mlx_operator_api.modelinstance import Spec
+from mlx_operator_api.restart_policy import (
     DEFAULT_BACKOFF_INITIAL,
     DEFAULT_BACKOFF_MAX,
     DEFAULT_MAX_RESTARTS,
     DEFAULT_RESET_AFTER,
-    Deadlines,
-    Spec,
 )
 from mlx_operator_api.sizes import quantity
 from mlx_operator_api.source import Source, SourceKind

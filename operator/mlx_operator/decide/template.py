@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_operator_api import names
-from mlx_operator_api.modelinstance import OPERATOR_GRACE_SECONDS, KeyReference, Runner
+from mlx_operator_api.deadlines import OPERATOR_GRACE_SECONDS
+from mlx_operator_api.modelinstance import KeyReference
+from mlx_operator_api.runner_pod import Runner
 from mlx_operator_api.sizes import quantity
 from mlx_operator_api.source import Source, SourceKind
 
