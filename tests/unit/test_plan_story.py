@@ -108,12 +108,12 @@ def test_names_sort_as_the_story_went_whatever_came_in_the_way() -> None:
 
 def test_an_endpoint_that_is_lost_or_late_is_told_where_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
     lost, late = Cluster(), Cluster()
-    lost.run()
-    lost.wait(3)
+    lost.run(until=lost.ready)
     for cluster in (lost, late):
         monkeypatch.setattr(cluster, "_probe", lambda pod: False)
         for pod in cluster.pods.values():
             pod.manifest["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+        cluster.reconcile()  # in the second in which the first one became Ready
         cluster.run()
     assert reasons(lost) == [*START, R.MODEL_LOADED, R.READY, R.POD_NOT_READY]
     assert reasons(late) == [*START, R.MODEL_LOADED, R.POD_NOT_READY]

@@ -43,12 +43,15 @@ def so_far(old: Status, new: Status) -> Step:
 
 
 def _served(status: Status) -> bool:
-    """Whether the epoch was Ready, and still is but for what came in the way: then Ready ended after its ranks' way."""
+    """Whether the epoch was Ready, and still is but for what came in the way: then Ready ended after its ranks' way.
+
+    Or in the same second, of which status knows no parts; that the whole way took less than that is not to be expected.
+    """
     ready = status.condition(ConditionType.READY)
     if ready is None or ready.status == "True":
         return ready is not None
     times = [record.since for record in status.runners if record.state is RunnerState.READY and record.since]
-    return len(times) == len(status.runners) > 0 and ready.last_transition_time > max(times)
+    return len(times) == len(status.runners) > 0 and ready.last_transition_time >= max(times)
 
 
 def _epoch(old: Status, new: Status, picture: Picture, opened: Reason | None) -> Iterator[Notice]:
