@@ -188,3 +188,13 @@ def test_refusals_are_observed_until_they_are_cleared(store: Store) -> None:
     assert observed.refusals == {"tiny-0": refusal}
     assert store.refusals.clear(TINY, "tiny-0")
     assert replace(observed, refusals={}) == store.observed(TINY)
+
+
+def test_what_somebody_does_to_an_object_that_was_read_does_not_reach_the_store(store: Store) -> None:
+    store.put(PODS, pod())
+    read = store.pod("pod-0")
+    assert read is not None
+    read["metadata"]["labels"].clear()
+    again = store.pod("pod-0")
+    assert again is not None
+    assert again["metadata"]["labels"] == pod()["metadata"]["labels"]

@@ -4,7 +4,7 @@ Plain state without I/O: watches, sweeps, report streams and the answers to our 
 change names the ModelInstances that have to be planned again.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -48,26 +48,28 @@ class Store:
     def put(self, resource: Resource, item: Manifest) -> Keys:
         """Keep an object; returns the instances it concerns, none when it brings nothing new."""
         shelf = self._shelves[resource]
-        before = shelf.get(item["metadata"]["uid"])
+        uid = item["metadata"]["uid"]
+        new, before = uid not in shelf, shelf.key(uid)
         kept = shelf.put(item)
         if kept is None:
             return _NOBODY
         if resource is NODES:
             return self._node_changed(kept["metadata"]["name"], node_view(kept))
         if resource is PODS:
-            self._notes.setdefault(kept["metadata"]["uid"], PodNotes())
-            self.pod_changed(kept["metadata"]["uid"])
-        if resource is INSTANCES and before is None:
+            self._notes.setdefault(uid, PodNotes())
+            self.pod_changed(uid)
+        if resource is INSTANCES and new:
             self._owner_changed(kept)
-        if resource in (PODS, SERVICES):
+        key = shelf.key(uid)
+        if resource in (PODS, SERVICES) and key is not None:
             # Whatever was answered to its creation, it exists.
-            for key in _keys(resource, kept):
-                self.refusals.clear(key, kept["metadata"]["name"])
-        return _keys(resource, before) | _keys(resource, kept)
+            self.refusals.clear(key, kept["metadata"]["name"])
+        return _keys(before, key)
 
     def remove(self, resource: Resource, uid: str, version: str) -> Keys:
         """Forget an object that is gone since `version`; returns the instances it concerned."""
-        known = self._shelves[resource].remove(uid, version)
+        shelf = self._shelves[resource]
+        key, known = shelf.key(uid), shelf.remove(uid, version)
         if known is None:
             return _NOBODY
         if resource is NODES:
@@ -77,7 +79,7 @@ class Store:
             self.pod_changed(uid)
         if resource is INSTANCES:
             self._owner_changed(known)
-        return _keys(resource, known)
+        return _keys(key)
 
     def replace(self, resource: Resource, items: list[dict[str, Any]], version: str, namespace: str | None) -> Keys:
         """Take over a full list: put what it has, forget what it proves to be gone."""
@@ -96,7 +98,7 @@ class Store:
         """A pod by uid."""
         return self._shelves[PODS].get(uid)
 
-    def pods(self) -> list[Manifest]:
+    def pods(self) -> Iterator[Manifest]:
         """All pods."""
         return self._shelves[PODS].values()
 
@@ -106,11 +108,10 @@ class Store:
         Labels are anybody's who may create a pod. What counts is an instance that we know, in the pod's own namespace,
         as its controller; the token of an instance goes to no other pod.
         """
-        pod = self.pod(pod_uid)
-        key = _labelled(pod) if pod is not None else None
+        pod, key = self.pod(pod_uid), self._shelves[PODS].key(pod_uid)
         if pod is None or key is None:
             return None
-        known = {item["metadata"]["uid"] for item in self._shelves[INSTANCES].of(key)}
+        known = self._shelves[INSTANCES].uids(key)
         owners = pod["metadata"].get("ownerReferences") or ()
         uid = next((owner.get("uid") for owner in owners if owner.get("controller")), None)
         label = (pod["metadata"].get("labels") or {}).get(names.INSTANCE_UID_LABEL)
@@ -121,7 +122,7 @@ class Store:
         found = self._shelves[INSTANCES].of(key)
         return max(found, key=lambda item: int(item["metadata"]["resourceVersion"])) if found else None
 
-    def instances(self) -> list[Manifest]:
+    def instances(self) -> Iterator[Manifest]:
         """All ModelInstances."""
         return self._shelves[INSTANCES].values()
 
@@ -138,19 +139,19 @@ class Store:
 
     def set_view(self, uid: str, view: RunnerView) -> Keys:
         """Keep what is known of the supervisor in a pod; nothing for a pod that is gone."""
-        notes, pod = self._notes.get(uid), self.pod(uid)
-        if notes is None or pod is None:
+        notes = self._notes.get(uid)
+        if notes is None:
             return _NOBODY
         notes.view = view
-        return _keys(PODS, pod)
+        return _keys(self._shelves[PODS].key(uid))
 
     def set_warnings(self, uid: str, warnings: tuple[str, ...]) -> Keys:
         """Keep what Kubernetes says of a pod that waits; no instance when nothing changed."""
-        notes, pod = self._notes.get(uid), self.pod(uid)
-        if notes is None or pod is None or notes.warnings == warnings:
+        notes = self._notes.get(uid)
+        if notes is None or notes.warnings == warnings:
             return _NOBODY
         notes.warnings = warnings
-        return _keys(PODS, pod)
+        return _keys(self._shelves[PODS].key(uid))
 
     def warnings(self, uid: str) -> tuple[str, ...]:
         """What Kubernetes said last of a pod that waits."""
@@ -176,8 +177,8 @@ class Store:
         )
 
     def _owner_changed(self, instance: Manifest) -> None:
-        for pod in self._shelves[PODS].of(_named(instance)):
-            self.pod_changed(pod["metadata"]["uid"])
+        for uid in self._shelves[PODS].uids(_named(instance)):
+            self.pod_changed(uid)
 
     def _node_changed(self, name: str, view: NodeView | None) -> Keys:
         if self._nodes.get(name) == view:  # a node's heartbeat concerns nobody
@@ -186,8 +187,8 @@ class Store:
         self._nodes = {other: seen for other, seen in self._nodes.items() if other != name}
         if view is not None:
             self._nodes[name] = view
-        there = [pod for pod in self.pods() if (pod.get("spec") or {}).get("nodeName") == name]
-        return _NOBODY.union(*(_keys(PODS, pod) for pod in there))
+        there = (pod for pod in self.pods() if (pod.get("spec") or {}).get("nodeName") == name)
+        return _keys(*(_labelled(pod) for pod in there))
 
 
 def slimmer(resource: Resource) -> Callable[[Manifest], dict[str, Any]]:
@@ -220,8 +221,5 @@ def _labelled(item: Manifest) -> Key | None:
     return Key(metadata["namespace"], instance) if instance else None
 
 
-def _keys(resource: Resource, item: Manifest | None) -> Keys:
-    if item is None:
-        return _NOBODY
-    key = _named(item) if resource is INSTANCES else _labelled(item)
-    return frozenset((key,)) if key is not None else _NOBODY
+def _keys(*keys: Key | None) -> Keys:
+    return frozenset(key for key in keys if key is not None)
