@@ -25,6 +25,8 @@ class RunnerView:
     """Why the stream does not stand, or why the last report could not be decoded."""
     undecodable: bool = False
     """The last thing received was no report that this release can read."""
+    repeated: int = 0
+    """The `seq` of the newest heartbeat that said the same again; 0: none since that report."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from mlx_operator.act.runner import RunnerError, RunnerPort, describe, first_err
 from mlx_operator.decide.observed import RunnerView
 from mlx_operator.logs import decision
 from mlx_operator.metrics import Metrics
-from mlx_operator.observe.runners import Urgency, address, receive, stranger
+from mlx_operator.observe.runners import LastLine, Urgency, address, lean, receive, stranger
 from mlx_operator.observe.shelf import Key
 from mlx_operator.observe.store import Store
 from mlx_operator_api import names
@@ -150,9 +150,13 @@ class ReportStreams:
         )
 
     async def _lines(self, uid: str, lines: AsyncIterator[bytes]) -> str:
+        last = LastLine()
         async for line in lines:
+            if (repeated := last.repeated(line, self._store.view(uid), self._now())) is not None:
+                self._keep(uid, repeated, Urgency.NONE)
+                continue
             try:
-                report = RunnerReport.model_validate_json(line)
+                report = lean(RunnerReport.model_validate_json(line))
             except ValidationError as error:
                 self._undecodable(uid, first_error(error))
                 continue
@@ -162,6 +166,7 @@ class ReportStreams:
             if (why := stranger(pod, report)) is not None:
                 return why
             view, urgency = receive(self._store.view(uid), report, self._now(), stream=True)
+            last.keep(line, report)
             if view.report is report:
                 self._metrics.reported(uid, report)
             self._keep(uid, view, urgency)
