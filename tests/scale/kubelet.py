@@ -6,6 +6,7 @@ Each pod has an address of 127.0.0.0/8 to itself.
 """
 
 import asyncio
+import gc
 import random
 import signal
 import socket
@@ -35,6 +36,9 @@ _SETUPS = 32
 """Containers that are set up at the same time, as on so many nodes."""
 _RESTART_SECONDS = 0.3
 _SIGKILL = 137
+_RARELY = 10_000
+"""Collections of garbage until a full one, which stops thousands of supervisors at once and for a second or more: what
+they then leave unsaid would look like so many runners that cannot be reached."""
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -90,11 +94,13 @@ class InstantKubelet(Kubelet):
         self._controls: dict[str, Control] = {}
         self._first = f"127.{random.randint(2, 250)}"  # noqa: S311 (no secret)
         self._setups = asyncio.Semaphore(_SETUPS)
+        self._collections = gc.get_threshold()
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self._route)
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
 
     async def __aenter__(self) -> "InstantKubelet":
+        gc.set_threshold(*self._collections[:2], _RARELY)
         await self._runner.setup()
         await super().__aenter__()
         return self
@@ -102,6 +108,7 @@ class InstantKubelet(Kubelet):
     async def __aexit__(self, *error: object) -> None:
         await self._runner.cleanup()  # all connections at once, not those of each pod
         await super().__aexit__(*error)
+        gc.set_threshold(*self._collections)
 
     # -- faults
     def kill_engine(self, name: str, number: int = signal.SIGKILL) -> int:

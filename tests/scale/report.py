@@ -31,7 +31,8 @@ def _ready(figures: Figures) -> Iterator[str]:
 def _idle(figures: Figures) -> Iterator[str]:
     yield f"idle for {figures.size.idle_seconds:g} s: {len(figures.idle_writes)} writes"
     yield f"  operator's CPU: {100 * figures.idle_cpu:.1f} % of a core, {figures.streams:.0f} report streams"
-    yield f"  memory {figures.memory[0]:.0f} MiB resident, highest {figures.memory[1]:.0f}"
+    now, high = figures.memory
+    yield f"  memory {now:.0f} MiB resident, highest {high:.0f}; {figures.kib_each[0]:.0f} KiB an instance"
 
 
 def made_of(figures: Figures, parts: Parts) -> str:
@@ -53,6 +54,7 @@ def _restart(figures: Figures) -> Iterator[str]:
     yield f"restart: converged in {figures.restart_seconds:.1f} s with {len(figures.restart_writes)} writes"
     now, high = figures.restarted_memory
     yield f"  operator's CPU {figures.restart_cpu:.1f} s, memory {now:.0f} MiB resident, highest {high:.0f}"
+    yield f"    {figures.kib_each[1]:.0f} KiB an instance"
 
 
 def _deaths(figures: Figures) -> Iterator[str]:

@@ -83,6 +83,13 @@ class Figures:
     heal_writes: Counts = field(default_factory=Counts)
     metrics: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def kib_each(self) -> tuple[float, float]:
+        """Memory beyond that of an operator without instances, by instance: all came while it ran; after a restart."""
+        grown = (self.memory[0] - self.empty_memory, self.restarted_memory[0] - self.empty_memory)
+        came, found = (1024 * mib / self.size.instances for mib in grown)
+        return came, found
+
 
 Done = Callable[[Stage, Figures], None]
 

@@ -16,6 +16,7 @@ from tests.scale.place import place
 from tests.scale.stages import RUNNERS, Figures, Size, everything
 
 SIZE = Size(instances=100, killed=20, idle_seconds=15.0, deadline=240.0)
+KIB_EACH = 250.0
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -74,3 +75,8 @@ def test_the_operators_metrics_tell_the_same(figures: Figures) -> None:
 
 def test_the_operator_stays_far_below_its_memory_limit(figures: Figures) -> None:
     assert max(figures.memory[0], figures.restarted_memory[0]) < 200.0
+
+
+def test_an_instance_costs_the_operator_little_memory_whether_it_came_or_was_found(figures: Figures) -> None:
+    """With all that does not grow, such as buffers of connections. A body of each object would be 100 KiB more."""
+    assert max(figures.kib_each) < KIB_EACH
