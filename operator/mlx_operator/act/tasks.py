@@ -13,7 +13,7 @@ from mlx_operator.act.runner import RunnerError, RunnerPort
 from mlx_operator.decide.actions import SendTask
 from mlx_operator.logs import decision
 from mlx_operator.metrics import Metrics
-from mlx_operator.observe.runners import Urgency, receive, stranger
+from mlx_operator.observe.runners import Urgency, lean, receive, stranger
 from mlx_operator.observe.shelf import Key
 from mlx_operator.observe.store import Store
 from mlx_operator_api.runner import TaskName
@@ -118,7 +118,7 @@ class TaskSender:
         pod = self._store.pod(uid)
         if pod is None or stranger(pod, report) is not None:
             return False
-        view, _ = receive(self._store.view(uid), report, self._now(), stream=False)
+        view, _ = receive(self._store.view(uid), lean(report), self._now(), stream=False)
         self._store.set_view(uid, view)
         return view.report is not None and view.report.incarnation == report.incarnation
 
