@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -62,6 +63,14 @@ def is_ready(instance: Manifest) -> bool:
 def again_in(epoch: int) -> Callable[[Manifest], bool]:
     """A check: Ready in this epoch."""
     return lambda instance: is_ready(instance) and instance["status"]["epoch"] == epoch
+
+
+def allocator() -> dict[str, str]:
+    """How the operator's image sets up memory allocation."""
+    text = (ROOT / "operator/Dockerfile").read_text()
+    found = dict(re.findall(r"\b(MALLOC_\w+)=(\w+)", text))
+    assert len(found) == 2, found
+    return found
 
 
 class OperatorProcess:
@@ -142,7 +151,7 @@ class World:
                 "-m",
                 "mlx_operator",
                 *argv,
-                env={**os.environ, "PYTHONPATH": python_path(), "POD_NAME": pod},
+                env={**os.environ, **allocator(), "PYTHONPATH": python_path(), "POD_NAME": pod},
                 stdout=file,
                 stderr=file,
             )

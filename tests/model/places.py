@@ -42,6 +42,7 @@ class Places:
         self._steps: dict[tuple[int, Kind], tuple[Step, ...]] = {}
         self._faults: dict[tuple[int, Kind], tuple[Step, ...]] = {}
         self._acted: dict[tuple[int, Effect, Kind], int] = {}
+        self._recorded: dict[tuple[int, tuple[int, int], Kind], int] = {}
 
     # -- what goes on
     def steps(self, place: int, kind: Kind) -> tuple[Step, ...]:
@@ -200,6 +201,13 @@ class Places:
     def _uid(self, place: Place) -> int:
         known = (place.seen.uid if place.seen else 0, place.view.uid if place.view else 0, place.record[0])
         return max(known) + 1
+
+    def recorded(self, place: int, record: tuple[int, int], kind: Kind) -> int:
+        """The place once uid and incarnation stand in the status."""
+        key = (place, record, kind)
+        if key not in self._recorded:
+            self._recorded[key] = self.tidy(self._tables.places[place]._replace(record=record), kind)
+        return self._recorded[key]
 
     # -- one form for what is equal
     def tidy(self, place: Place, kind: Kind) -> int:

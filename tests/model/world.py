@@ -264,8 +264,7 @@ class World:
         spent = (0 if decision.fresh_budget else state.spent) + decision.spent
         for rank, record in enumerate(decision.records):
             kind = _kind(state, rank)
-            place = self.tables.places[self._forms.shift(places[rank], decision.grown, kind)]
-            places[rank] = self._places.tidy(place._replace(record=record), kind)
+            places[rank] = self._places.recorded(self._forms.shift(places[rank], decision.grown, kind), record, kind)
         return state._replace(status=decision.status, places=tuple(places), spent=spent)
 
     def _illegal(self, state: State, decision: Decision) -> str | None:

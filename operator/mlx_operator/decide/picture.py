@@ -139,7 +139,12 @@ def who(rank: int, world_size: int, pod: str, node: str | None) -> str:
 
 def assigned(status: Status) -> bool:
     """The epoch was given to its pods: CreateRunner may have been sent. Recorded before it is, in one write."""
-    return status.epoch > 0 and any(record.epoch == status.epoch for record in status.runners)
+    epoch = status.epoch
+    if epoch > 0:
+        for record in status.runners:
+            if record.epoch == epoch:
+                return True
+    return False
 
 
 def asleep(status: Status) -> bool:
