@@ -7,6 +7,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,12 +67,17 @@ class Kubectl:
     def port_forward(self) -> Iterator[str]:
         """Base URL of the instance's Service from here."""
         where = ["port-forward", "-n", NAMESPACE, f"service/{INSTANCE}", f":{names.PUBLIC_PORT}", "--address=127.0.0.1"]
-        with subprocess.Popen([*self.argv, *where], stdout=subprocess.PIPE, text=True) as process:
+        # It complains of each connection that a client closes; what it says counts only where it does not work.
+        with (
+            tempfile.TemporaryFile("w+") as words,
+            subprocess.Popen([*self.argv, *where], stdout=subprocess.PIPE, stderr=words, text=True) as process,
+        ):
             try:
                 assert process.stdout is not None  # noqa: S101 (a pipe was asked for)
                 line = process.stdout.readline()  # "Forwarding from 127.0.0.1:PORT -> 8080"
                 if ":" not in line:
-                    raise targets.DemoError("kubectl port-forward ended: see its words above")
+                    words.seek(0)
+                    raise targets.DemoError(f"kubectl port-forward ended: {words.read().strip()}")
                 yield f"http://127.0.0.1:{line.split(':')[1].split()[0]}/v1"
             finally:
                 process.terminate()
