@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from mlx_operator_api.conditions import Reason
-from mlx_operator_api.runner import RunnerState
+from mlx_operator_api.runner import RunnerState, TaskName
+from mlx_operator_api.tasks import RunnerReport, TaskPhase
 
 from . import normal, parts
 from .explore import explore
@@ -111,9 +112,23 @@ def test_what_the_model_keeps_from_the_operator_it_would_not_look_at() -> None:
 
 def _with_all_tasks(world: World, sights: tuple[Sight, ...]) -> Iterator[tuple[Sight, ...]]:
     """The same with a whole report of a supervisor whose engine ends, in each of the ways there are."""
-    whole = [number for number in range(len(world.tables.reports)) if world.supervisors.heard(number) != number]
+    reports, heard = world.tables.reports, world.supervisors.heard
+    ended = [number for number in range(len(reports)) if heard(number) != number]
+    whole = [(number, heard(number)) for number in ended]
+    whole += [(reports.id(_failed(reports[number])), heard(number)) for number in ended]
     for rank, sight in enumerate(sights):
-        for number in whole:
-            if sight.view is not None and world.supervisors.heard(number) == sight.view.report:
+        for number, kept in whole:
+            if sight.view is not None and kept == sight.view.report:
                 told = sight._replace(view=sight.view._replace(report=number))
                 yield (*sights[:rank], told, *sights[rank + 1 :])
+
+
+def _failed(report: RunnerReport) -> RunnerReport:
+    """The same report, with failed tasks in the place of completed ones."""
+    tasks = (
+        task.model_copy(update={"phase": TaskPhase.FAILED, "message": "words"})
+        if task.phase is TaskPhase.COMPLETE and task.name is not TaskName.SHUTDOWN
+        else task
+        for task in report.tasks
+    )
+    return report.model_copy(update={"tasks": tuple(tasks)})
