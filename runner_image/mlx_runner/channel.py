@@ -74,6 +74,8 @@ class Warmup(Lenient):
     """Run the first forward passes. A rank > 0 answers `WarmedUp` when rank 0 says that its warm-up is done."""
 
     kind: Literal["Warmup"] = "Warmup"
+    second_lane_rows: int | None = None
+    """What an earlier engine of the same work said in `WarmedUp`: not measured again. None: rank 0 measures."""
 
 
 class Generate(Lenient):
@@ -207,6 +209,8 @@ class WarmedUp(Lenient):
     """The warm-up is done on all ranks."""
 
     kind: Literal["WarmedUp"] = "WarmedUp"
+    second_lane_rows: int | None = None
+    """From how many requests on there are two lanes (rank 0 of a pipeline); None: there is only one."""
 
 
 class Accepted(Lenient):

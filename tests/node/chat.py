@@ -56,7 +56,12 @@ def ask(openai: OpenAI, model: str, question: str, **options: Any) -> str:
 
 def ask_streaming(openai: OpenAI, model: str, question: str) -> str:
     """The same by server-sent events."""
+    return "".join(stream_of(openai, model, question))
+
+
+def stream_of(openai: OpenAI, model: str, question: str) -> Iterator[str]:
+    """The answer's parts as they come, none of them empty."""
     parts = openai.chat.completions.create(
         model=model, messages=[{"role": "user", "content": question}], temperature=0, stream=True
     )
-    return "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    return (part.choices[0].delta.content for part in parts if part.choices and part.choices[0].delta.content)

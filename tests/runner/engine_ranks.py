@@ -238,9 +238,9 @@ class Ranks:
             rank.send(self.load_command(rank.rank, model, **changes))
         return [rank.expect(channel.Loaded) for rank in self.ranks]
 
-    def warm_up(self) -> None:
+    def warm_up(self, second_lane_rows: int | None = None) -> None:
         for rank in [*self.ranks[1:], self.ranks[0]]:
-            rank.send(channel.Warmup())
+            rank.send(channel.Warmup(second_lane_rows=second_lane_rows))
         for rank in self.ranks:
             rank.expect(channel.WarmedUp)
 

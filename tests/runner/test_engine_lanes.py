@@ -14,13 +14,13 @@ from mlx_runner import channel
 from mlx_runner.engine import frames
 from mlx_runner.engine.forward import Executor, WholeModel
 from mlx_runner.engine.frames import Frame
+from mlx_runner.engine.lanes import SIZES
 from mlx_runner.engine.scheduler import SECOND_LANE_ROWS
 from mlx_runner.engine.tail import Tail
 
 from .conftest import plain_mlx_lm
-from .engine_ranks import ROOT, Ranks, generate, running, wait_until
+from .engine_ranks import Ranks, generate, running, wait_until
 
-TWO_LANES = (str(ROOT / "tests/runner/two_lane_engine.py"),)
 TOKENS = 16
 PLACES = 24
 PROMPTS = [tuple((i * 37 + number * 13) % 380 + 3 for i in range(5 + number * 7 % 60)) for number in range(PLACES)]
@@ -38,8 +38,11 @@ def wide(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Path]
 ) -> Iterator[Ranks]:
     """A pipeline with places for two lanes."""
-    with running(tmp_path_factory.mktemp("wide"), request.param, Sharding.PIPELINE, program=TWO_LANES) as ranks:
-        yield ranks.serve(tiny("qwen2"), max_concurrent_requests=PLACES)
+    with running(tmp_path_factory.mktemp("wide"), request.param, Sharding.PIPELINE) as ranks:
+        ranks.connect()
+        ranks.load(tiny("qwen2"), max_concurrent_requests=PLACES)
+        ranks.warm_up(second_lane_rows=SECOND_LANE_ROWS)
+        yield ranks
 
 
 def all_rest(ranks: Ranks) -> None:
@@ -122,7 +125,22 @@ def test_the_warm_up_finds_out_from_how_many_requests_on_a_second_lane_pays(
         found = next(re.match("two lanes from ([0-9]+) requests on", text) for text in said if "two lanes" in text)
         assert found is not None
         assert 2 <= int(found[1]) <= PLACES + SECOND_LANE_ROWS
+        (told,) = (event for event in ranks[0].seen if isinstance(event, channel.WarmedUp))
+        assert told.second_lane_rows == int(found[1]), "the supervisor keeps it for the next engine"
+        assert ranks[0].progress.read().steps > 2 * SIZES[0]
         all_rest(ranks)
+
+
+def test_a_warm_up_that_is_told_what_an_earlier_one_found_does_not_measure_again(
+    tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    with running(tmp_path, 2, Sharding.PIPELINE) as ranks:
+        ranks.connect()
+        ranks.load(tiny("qwen2"), max_concurrent_requests=PLACES)
+        ranks.warm_up(second_lane_rows=7)
+        said = [event.second_lane_rows for event in ranks[0].seen if isinstance(event, channel.WarmedUp)]
+        assert said == [7]
+        assert ranks[0].progress.read().steps < 2 * SIZES[0], "it measured"
 
 
 def test_rows_that_leave_take_their_memory_with_them(tiny: Callable[[str], Path]) -> None:

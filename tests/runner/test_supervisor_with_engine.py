@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -128,6 +129,19 @@ async def test_what_a_prompt_shares_with_an_earlier_one_is_counted_as_cached(pai
     assert before == 0
     assert again == (asked, asked - 1), "only the last token is computed again"
     assert "prompts are reused" in pair.pods[0].log
+
+
+async def test_a_restart_is_told_what_the_first_warm_up_measured(tmp_path: Path, models: Path) -> None:
+    async with group(tmp_path, 2, engine=None, models=models, **ENVIRONMENT) as instance:
+        leader, steps = instance.pods[0], []
+        for epoch in (1, 2):
+            await instance.ready(epoch)
+            await leader.until(lambda r, epoch=epoch: r.epoch == epoch and r.steps > 0, "a heartbeat")  # type: ignore[misc]
+            steps.append(leader.report.steps)
+            await instance.shut_down(epoch)
+        found = re.findall("two lanes from ([0-9]+) requests on", leader.log)
+        assert len(found) == 2 and found[0] == found[1]
+        assert steps[1] < 10 < steps[0], "it was measured again"
 
 
 async def test_deleted_pods_leave_in_good_order(pair: Group) -> None:

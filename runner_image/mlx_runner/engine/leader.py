@@ -35,7 +35,8 @@ class Leader:
     """The loop of rank 0's main thread. Everything it has to know comes through `put`.
 
     `ahead`: frames under way at a time, where none waits for the result of another.
-    `lane_count`, `max_rows`: of the scheduler; where it has two lanes the warm-up finds out when to use the second.
+    `lane_count`, `max_rows`: of the scheduler; where it has two lanes the warm-up finds out when to use the second,
+    unless it was told.
     `warmed_up`: told from how many requests on that is; None where there is one lane.
     """
 
@@ -62,6 +63,7 @@ class Leader:
         self._ahead = ahead
         self._lane_count = lane_count
         self._max_rows = max_rows
+        self._second_lane_rows: int | None = None
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._planned: deque[Frame] = deque()
         self._sequence = 0
@@ -94,6 +96,7 @@ class Leader:
             case CancelRow(uid):
                 self._give(self._scheduler.cancel(uid))
             case Warmup():
+                self._second_lane_rows = message.second_lane_rows
                 self._scheduler.submit(_warm_up())
             case Goodbye():
                 self._goodbye = True
@@ -146,7 +149,8 @@ class Leader:
         if self._lane_count > 1:
             # The row of the warm-up leaves its lane with a frame of its own.
             self._emit(self._drive(self._scheduler))
-            second = self._scheduler.second_lane_rows = lanes.crossover(self._drive, self._max_rows, self._ahead)
+            second = self._second_lane_rows or lanes.crossover(self._drive, self._max_rows, self._ahead)
+            self._scheduler.second_lane_rows = second
         self._send(frames.WarmedUp())
         self._warmed_up(second)
 

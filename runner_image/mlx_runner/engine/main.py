@@ -70,10 +70,10 @@ class Engine:
         self.events.send(server.loaded)
         server.run()
 
-    def warmed_up(self) -> None:
+    def warmed_up(self, second_lane_rows: int | None = None) -> None:
         """The warm-up is done on this rank: from now on a failure is a crash."""
         self._reason = Reason.ENGINE_CRASHED
-        self.events.send(channel.WarmedUp())
+        self.events.send(channel.WarmedUp(second_lane_rows=second_lane_rows))
 
     def crash(self, error: BaseException) -> None:
         """Report an exception and end."""

@@ -44,7 +44,7 @@ class Process(Protocol):
     events: Events
     ending: Ending
 
-    def warmed_up(self) -> None:
+    def warmed_up(self, second_lane_rows: int | None = None) -> None:
         """Say that the warm-up is done."""
 
 
@@ -240,7 +240,7 @@ class _Reuse:
     def start(self, second_lane_rows: int | None) -> None:
         """The warm-up is done: what prompts have in common is reused from now on, where that is possible."""
         if second_lane_rows is not None:
-            self._process.events.notice(f"two lanes from {second_lane_rows} requests on, as measured in the warm-up")
+            self._process.events.notice(f"two lanes from {second_lane_rows} requests on, as measured in a warm-up")
         size = self._shard.prompt_cache_bytes
         if size == 0:
             self._process.events.notice("prompts are not reused: promptCacheBytes is 0")
@@ -250,7 +250,7 @@ class _Reuse:
             capacity = size // self._largest_position()
             self._scheduler.prefixes.resize(capacity)
             self._process.events.notice(f"prompts are reused: up to {capacity} tokens in {size} bytes on each rank")
-        self._process.warmed_up()
+        self._process.warmed_up(second_lane_rows)
 
     def _largest_position(self) -> int:
         """Bytes of one position on the rank that holds most: the smallest room decides for all."""

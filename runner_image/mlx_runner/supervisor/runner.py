@@ -27,6 +27,7 @@ from .engines import spare_bytes
 from .machine import Machine, utc_now
 from .requests import Broker
 from .tickets import ServedModel
+from .tuning import Tuning
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Runner:
         config: Config,
         machine: Machine,
         broker: Broker,
+        tuning: Tuning,
         on_ready: Callable[[], None] = lambda: None,
         on_gone: Callable[[], None] = lambda: None,
     ) -> None:
@@ -65,9 +67,11 @@ class Runner:
         self._config = config
         self._machine = machine
         self._broker = broker
+        self._tuning = tuning
         self._on_ready = on_ready
         self._on_gone = on_gone
         self._to_load: str | None = None
+        self._loading: channel.Load | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._cleanup: asyncio.Task[None] | None = None
         self._ring: asyncio.Task[None] | None = None
@@ -120,23 +124,22 @@ class Runner:
         path, self._to_load = self._to_load, None
         serving = self.facts.serving
         limit = self._machine.report.memory_limit_bytes
-        self.engine.send(
-            channel.Load(
-                path=path,
-                adapter=str(self.adapter_path) if self.adapter_path is not None else None,
-                served_name=self.facts.served_name,
-                rank=self._config.rank,
-                world_size=self.facts.world_size,
-                sharding=self.facts.sharding,
-                max_concurrent_requests=serving.max_concurrent_requests,
-                max_tokens=serving.max_tokens,
-                context_length=serving.context_length,
-                prompt_cache_bytes=serving.prompt_cache_bytes,
-                memory_limit_bytes=limit,
-                spare_bytes=self._reserve(self.engine, limit),
-                memory_limits=self.facts.memory_limits,
-            )
+        self._loading = channel.Load(
+            path=path,
+            adapter=str(self.adapter_path) if self.adapter_path is not None else None,
+            served_name=self.facts.served_name,
+            rank=self._config.rank,
+            world_size=self.facts.world_size,
+            sharding=self.facts.sharding,
+            max_concurrent_requests=serving.max_concurrent_requests,
+            max_tokens=serving.max_tokens,
+            context_length=serving.context_length,
+            prompt_cache_bytes=serving.prompt_cache_bytes,
+            memory_limit_bytes=limit,
+            spare_bytes=self._reserve(self.engine, limit),
+            memory_limits=self.facts.memory_limits,
         )
+        self.engine.send(self._loading)
 
     @staticmethod
     def _reserve(engine: EngineProcess, limit: int | None) -> int:
@@ -145,7 +148,8 @@ class Runner:
 
     def warm_up(self) -> None:
         """Run the first forward passes; answered by `WarmedUp`."""
-        self._command(channel.Warmup(), self.facts.deadlines.warmup, Reason.WARMUP_TIMEOUT)
+        known = self._tuning.known(self._loading) if self._loading is not None else None
+        self._command(channel.Warmup(second_lane_rows=known), self.facts.deadlines.warmup, Reason.WARMUP_TIMEOUT)
 
     async def shut_down(self, grace_seconds: float) -> None:
         """End in good order: requests finish within the grace, the engine is told goodbye, or killed; → Shutdown."""
@@ -317,6 +321,8 @@ class Runner:
                 facts = {"layers": event.layers, "layers_loaded": total, "layers_total": total, "note": note}
                 self._machine.complete(self.epoch, name, **facts)
             case channel.WarmedUp():
+                if self._loading is not None:
+                    self._tuning.learn(self._loading, event.second_lane_rows)
                 self._machine.complete(self.epoch, name)
                 if self.engine is not None and self._config.rank == 0:
                     self._broker.open(

@@ -34,6 +34,7 @@ from .machine import Machine
 from .requests import Broker
 from .runner import Runner
 from .state_file import StateFile
+from .tuning import Tuning
 from .watch import POLL_SECONDS, Sample, Watch, read_process
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Supervisor:
         self.broker = Broker(self.machine.requests)
         self.engines = Engines(config, self.cgroup)
         self.runner: Runner | None = None
+        self._tuning = Tuning()
         self._lease_transitions = 0
         self._creating = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -174,6 +176,7 @@ class Supervisor:
             config=self.config,
             machine=self.machine,
             broker=self.broker,
+            tuning=self._tuning,
             on_ready=self.engines.stand_by,
             on_gone=self.engines.prepare,
         )
