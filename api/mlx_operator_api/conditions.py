@@ -206,7 +206,8 @@ class Reason(StrEnum):
     POD_STUCK = (
         "PodStuckTerminating",
         Retry.WAIT,
-        "A pod that is being deleted does not go: a finalizer holds it, or its kubelet does not confirm the end.",
+        "A pod that has to go does not: a finalizer holds it, its kubelet does not confirm the end, or the API server "
+        "refuses to delete it.",
         "look at the kubelet of its node; if its containers are surely gone: kubectl delete pod POD --force",
     )
 

@@ -12,6 +12,11 @@ from tests.apiserver.faulting import seen
 from tests.apiserver.harness import Manifest, World, eventually
 from tests.faults import Fault, Layer
 
+_ADMISSION = "admissionregistration.k8s.io"
+POLICIES = Resource(_ADMISSION, "v1", "validatingadmissionpolicies", "ValidatingAdmissionPolicy", namespaced=False)
+BINDINGS = Resource(
+    _ADMISSION, "v1", "validatingadmissionpolicybindings", "ValidatingAdmissionPolicyBinding", namespaced=False
+)
 REFUSED = "rank 0/2 pod tiny-0: the API server refused the pod (HTTP 403): pods "
 FORBIDDEN = f'{REFUSED}"tiny-0" is forbidden: '
 BOTH = "; the same on 2 ranks; "
@@ -47,6 +52,24 @@ async def present(place: World, resource: Resource, body: Manifest) -> AsyncIter
     finally:
         metadata = made["metadata"]
         await place.kube.delete(resource, namespace, metadata["name"], uid=metadata["uid"])
+
+
+@asynccontextmanager
+async def policy(place: World, name: str, operation: str, expression: str, message: str) -> AsyncIterator[None]:
+    """A ValidatingAdmissionPolicy for the pods of a test: what the CEL `expression` does not allow is denied."""
+    name = f"{name}-{place.namespace}"
+    rule = {"apiGroups": [""], "apiVersions": ["v1"], "operations": [operation], "resources": ["pods"]}
+    spec = {
+        "matchConstraints": {"resourceRules": [rule]},
+        "validations": [{"expression": expression, "message": message}],
+    }
+    here = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": place.namespace}}}
+    binding = {"policyName": name, "validationActions": ["Deny"], "matchResources": here}
+    async with (
+        present(place, POLICIES, manifest(POLICIES, name, spec=spec)),
+        present(place, BINDINGS, manifest(BINDINGS, name, spec=binding)),
+    ):
+        yield
 
 
 async def refused(place: World, words: str, **container: Any) -> None:

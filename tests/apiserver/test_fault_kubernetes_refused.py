@@ -1,20 +1,14 @@
 """Children that the API server refuses, and names that are taken: its own words, and the step that helps."""
 
 # ruff: noqa: E501 (the texts are compared word by word)
-from typing import Any
 
 from mlx_operator.act.resources import INSTANCES, PODS, SERVICES, Resource
 from mlx_operator_api.conditions import Reason
 from tests.apiserver import injection
 from tests.apiserver.harness import CONFINED_RELEASE, World
-from tests.apiserver.refusing import BOTH, FORBIDDEN, REFUSED, manifest, present, refused, row, told
+from tests.apiserver.refusing import BOTH, FORBIDDEN, REFUSED, manifest, policy, present, refused, row, told
 from tests.faults import Fault, fault
 
-_POLICY = "admissionregistration.k8s.io"
-POLICIES = Resource(_POLICY, "v1", "validatingadmissionpolicies", "ValidatingAdmissionPolicy", namespaced=False)
-BINDINGS = Resource(
-    _POLICY, "v1", "validatingadmissionpolicybindings", "ValidatingAdmissionPolicyBinding", namespaced=False
-)
 ROLES = Resource("rbac.authorization.k8s.io", "v1", "roles", "Role")
 
 
@@ -103,27 +97,10 @@ async def test_a_missing_priority_class_is_named_and_a_corrected_spec_heals(plac
 )
 async def test_an_admission_policy_is_told_by_name_and_a_spec_that_it_allows_heals(place: World, row: Fault) -> None:
     await place.operator()
-    name = f"limits-{place.namespace}"
-    spec: dict[str, Any] = {
-        "matchConstraints": {
-            "resourceRules": [
-                {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}
-            ]
-        },
-        "validations": [
-            {
-                "expression": "object.spec.containers.all(c, has(c.resources) && has(c.resources.limits) && "
-                "'memory' in c.resources.limits)",
-                "message": "a memory limit is required",
-            }
-        ],
-    }
-    here = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": place.namespace}}}
-    binding = {"policyName": name, "validationActions": ["Deny"], "matchResources": here}
-    async with (
-        present(place, POLICIES, manifest(POLICIES, name, spec=spec)),
-        present(place, BINDINGS, manifest(BINDINGS, name, spec=binding)),
-    ):
+    limited = (
+        "object.spec.containers.all(c, has(c.resources) && has(c.resources.limits) && 'memory' in c.resources.limits)"
+    )
+    async with policy(place, "limits", "CREATE", limited, "a memory limit is required"):
         await refused(place, "a memory limit is required")
         await told(place, row)
         enough = {"spec": {"runner": {"resources": {"limits": {"memory": "1Gi"}}}}}

@@ -119,7 +119,14 @@ class FakeKube(Kube):
         return self.put(resource, merged(known or {}, body))
 
     async def delete(
-        self, resource: Resource, namespace: str | None, name: str, *, uid: str, grace_seconds: int | None = None
+        self,
+        resource: Resource,
+        namespace: str | None,
+        name: str,
+        *,
+        uid: str,
+        grace_seconds: int | None = None,
+        seconds: float = 10.0,
     ) -> Manifest:
         """Remove; 404 and 409 as the API server."""
         self._begin("delete", resource, name)

@@ -53,6 +53,8 @@ class World:
         self.nodes = {f"n{i + 1}": NodeView(f"n{i + 1}", True) for i in range(nodes)}
         self.refusals: dict[str, Refusal] = {}
         self.refuse: Refusal | None = None
+        self.keep: Refusal | None = None
+        """What is answered to a deletion."""
         self.branch = "1" * 40
         """The commit that the branch of every hub repository is at."""
         self.unplaceable: str | None = None

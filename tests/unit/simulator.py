@@ -93,6 +93,10 @@ class Cluster(World):
         pod = self.pods.get(action.name)
         if pod is None or pod.manifest["metadata"]["uid"] != action.uid:
             return
+        if self.keep is not None:
+            self.refusals[action.uid] = replace(self.keep, time=self.now)
+            return
+        self.refusals.pop(action.uid, None)
         if action.grace_seconds == 0:
             self._vanish(action.name)
         else:

@@ -143,6 +143,50 @@ async def test_a_pod_that_is_still_there_after_a_conflict_is_deleted_again(scene
     assert ("pods", "default", "tiny-0") not in scene.kube.objects
 
 
+async def test_a_refused_deletion_is_shown_to_the_next_plan_and_tried_again_later(scene: Scene) -> None:
+    pod = scene.kube.put(PODS, child(PODS, "tiny-0"))
+    uid = pod["metadata"]["uid"]
+    scene.store.put(PODS, pod)
+    delete = DeletePod("tiny-0", uid, "its template changed")
+    scene.plans = [Plan(Status(epoch=1), (delete,))]
+    scene.kube.before = failing(("delete", "pods", 403))
+    await scene.reconcile()
+    await scene.reconcile()
+    assert scene.seen[-1].refusals[uid].status == 403
+    assert scene.kube.count("delete", "pods") == 1
+    scene.time += timedelta(seconds=5)
+    await scene.reconcile()
+    assert ("pods", "default", "tiny-0") not in scene.kube.objects
+    await scene.reconcile()
+    assert scene.seen[-1].refusals == {}
+
+
+async def test_a_deletion_by_force_is_not_held_up_by_the_refusal_of_an_ordinary_one(scene: Scene) -> None:
+    uid = scene.kube.put(PODS, child(PODS, "tiny-0"))["metadata"]["uid"]
+    scene.kube.before = failing(("delete", "pods", 403))
+    for grace in (None, 0):
+        scene.plans = [Plan(Status(epoch=1), (DeletePod("tiny-0", uid, "its node is lost", grace_seconds=grace),))]
+        await scene.reconcile()
+    assert ("pods", "default", "tiny-0") not in scene.kube.objects
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_the_refusal_of_a_deletion_is_forgotten_once_the_pod_goes(scene: Scene, gone: bool) -> None:
+    pod = scene.kube.put(PODS, child(PODS, "tiny-0"))
+    uid = pod["metadata"]["uid"]
+    scene.store.put(PODS, pod)
+    scene.plans = [Plan(Status(epoch=1), (DeletePod("tiny-0", uid, "its template changed"),))]
+    scene.kube.before = failing(("delete", "pods", 403))
+    await scene.reconcile()
+    assert set(scene.store.refusals.of(TINY)) == {uid}
+    if gone:
+        scene.store.remove(PODS, uid, "9999")
+    else:
+        later = {**pod["metadata"], "resourceVersion": "9999", "deletionTimestamp": "2026-01-01T00:00:00Z"}
+        scene.store.put(PODS, {**pod, "metadata": later})
+    assert scene.store.refusals.of(TINY) == {}
+
+
 @pytest.mark.parametrize("kind", ["secrets", "pods"])
 async def test_a_child_that_lost_a_race_for_its_quota_is_no_refusal_and_is_made_with_the_next_try(
     scene: Scene, kind: str
@@ -204,7 +248,7 @@ async def test_children_are_waited_for_longer_than_webhooks_may_take(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patience: dict[str, float] = {}
-    create, apply = scene.kube.create, scene.kube.apply
+    create, apply, delete = scene.kube.create, scene.kube.apply, scene.kube.delete
 
     async def creating(resource: Resource, *rest: Any, seconds: float) -> Any:
         patience[resource.plural] = seconds
@@ -214,10 +258,15 @@ async def test_children_are_waited_for_longer_than_webhooks_may_take(
         patience[resource.plural] = seconds
         return await apply(resource, *rest, force=force, seconds=seconds)
 
+    async def deleting(resource: Resource, *rest: Any, seconds: float, **how: Any) -> Any:
+        patience["deletion"] = seconds
+        return await delete(resource, *rest, seconds=seconds, **how)
+
     monkeypatch.setattr(scene.kube, "create", creating)
     monkeypatch.setattr(scene.kube, "apply", applying)
-    scene.plans = [Plan(Status(epoch=1), (SERVICE, CREATE))]
+    monkeypatch.setattr(scene.kube, "delete", deleting)
+    scene.plans = [Plan(Status(epoch=1), (SERVICE, CREATE, DeletePod("tiny-9", "uid-9", "no rank needs it")))]
     await scene.reconcile()
     # The API server ends every such request after 34 s, and no webhook may have more than 30.
-    assert set(patience) == {"services", "secrets", "pods"}
+    assert set(patience) == {"services", "secrets", "pods", "deletion"}
     assert min(patience.values()) > 34

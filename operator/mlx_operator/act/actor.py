@@ -1,8 +1,9 @@
 """Performs what a plan says: each action once, and a refused one is data for the next plan."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from mlx_operator.act.kube import CHILD_SECONDS, Kube, KubeError, Manifest
@@ -69,16 +70,25 @@ class Actor:
             case SendTask():
                 self._sender.send(key, action, reason=_reason(instance))
             case DeletePod():
-                await self._delete_pod(key, instance, action)
+                how = {"gracePeriodSeconds": action.grace_seconds}
+                deletion = partial(self._delete_pod, key, instance, action)
+                await self._try(key, instance, action, action.uid, how, deletion)
             case CreatePod():
-                await self._create(key, instance, action, secrets)
+                creation = partial(self._create, key, instance, action, secrets)
+                await self._try(key, instance, action, action.name, action.manifest, creation)
             case ApplyService():
-                await self._create(key, instance, action, secrets)
+                application = partial(self._apply_service, key, instance, action)
+                await self._try(key, instance, action, action.name, action.manifest, application)
 
     async def _delete_pod(self, key: Key, instance: Mapping[str, Any], action: DeletePod) -> None:
         try:
             answer = await self._kube.delete(
-                PODS, key.namespace, action.name, uid=action.uid, grace_seconds=action.grace_seconds
+                PODS,
+                key.namespace,
+                action.name,
+                uid=action.uid,
+                grace_seconds=action.grace_seconds,
+                seconds=CHILD_SECONDS,
             )
         except KubeError as error:
             if error.status == 404:
@@ -104,35 +114,43 @@ class Actor:
             raise error
         self._answered(PODS, pod)
 
-    async def _create(
-        self, key: Key, instance: Mapping[str, Any], action: CreatePod | ApplyService, secrets: set[str]
+    async def _try(
+        self,
+        key: Key,
+        instance: Mapping[str, Any],
+        action: Action,
+        child: str,
+        manifest: Mapping[str, Any],
+        attempt: Callable[[], Awaitable[None]],
     ) -> None:
-        """Create a child; a refusal is kept for the next plan and tried again when its back-off is over.
+        """One attempt at a child; a refusal is kept for the next plan and tried again when its back-off is over.
 
         While one waits because nobody answered in time, so do all: each attempt would keep this worker as long.
+
+        `child` is what its refusals are kept under; another `manifest` than was refused is tried at once.
         """
         now, refusals = self._now(), self._store.refusals
-        wait = max(refusals.wait(key, action.name, action.manifest, now), refusals.held_up(key, action.name, now))
+        wait = max(refusals.wait(key, child, manifest, now), refusals.held_up(key, child, now))
         if wait > 0:
             self._later(key, wait)
             return
         try:
-            if isinstance(action, CreatePod):
-                await self._secret(key, instance, action.secret, secrets)
-                await self._create_pod(key, instance, action)
-            else:
-                await self._apply_service(key, instance, action)
+            await attempt()
         except KubeError as error:
             told = error.unreached_webhook or error.unfinished
             if (error.transient and not told) or error.contended:
                 raise
             refusal = Refusal(error.status, error.message, self._now())
-            self._store.refusals.note(key, action.name, action.manifest, refusal, late=error.late)
-            about = _about(key, instance, action)
-            decision("child refused", level=logging.WARNING, child=action.name, error=error, **about)
+            refusals.note(key, child, manifest, refusal, late=error.late)
+            what = "deletion refused" if isinstance(action, DeletePod) else "child refused"
+            decision(what, level=logging.WARNING, child=_name(action), error=error, **_about(key, instance, action))
             self._later(key, 0.0)  # the refusal belongs into status
         else:
-            self._store.refusals.clear(key, action.name)
+            refusals.clear(key, child)
+
+    async def _create(self, key: Key, instance: Mapping[str, Any], action: CreatePod, secrets: set[str]) -> None:
+        await self._secret(key, instance, action.secret, secrets)
+        await self._create_pod(key, instance, action)
 
     async def _secret(self, key: Key, instance: Mapping[str, Any], name: str, done: set[str]) -> None:
         if name in done:

@@ -221,13 +221,20 @@ class Kube:
             raise
 
     async def delete(
-        self, resource: Resource, namespace: str | None, name: str, *, uid: str, grace_seconds: int | None = None
+        self,
+        resource: Resource,
+        namespace: str | None,
+        name: str,
+        *,
+        uid: str,
+        grace_seconds: int | None = None,
+        seconds: float = REQUEST_SECONDS,
     ) -> Manifest:
         """DELETE of this very object (another uid under the name is a 409); the object as it is now, or a Status."""
         body: Manifest = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
         if grace_seconds is not None:
             body["gracePeriodSeconds"] = grace_seconds
-        return await self._request("delete", resource, namespace, name, body=body)
+        return await self._request("delete", resource, namespace, name, body=body, seconds=seconds)
 
     async def _request(
         self,

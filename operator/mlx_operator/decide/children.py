@@ -49,7 +49,7 @@ def _pod(picture: Picture, status: Status, rank: Rank) -> Iterator[Action]:
         if rank.foreign is None:
             yield _create(picture, status, rank.rank)
         return
-    why = _why_delete(picture, status, rank, pod)
+    why = why_delete(picture, status, rank, pod)
     if why is not None:
         yield from _delete(pod, why, rank.node_lost)
 
@@ -64,7 +64,8 @@ def _create(picture: Picture, status: Status, rank: int) -> CreatePod:
     )
 
 
-def _why_delete(picture: Picture, status: Status, rank: Rank, pod: PodView) -> str | None:
+def why_delete(picture: Picture, status: Status, rank: Rank, pod: PodView) -> str | None:
+    """Why a rank's pod has to go; None: it has not."""
     clock = picture.clock
     if rank.node_lost:
         return f"its node {pod.node} is lost"

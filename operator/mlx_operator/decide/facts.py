@@ -29,6 +29,8 @@ class Situation:
     problem: Problem | None
     halted: bool = False
     """The spec is refused: nothing starts again before it is corrected."""
+    leftover: Problem | None = None
+    """A pod that no rank needs does not go."""
 
     @property
     def failure(self) -> GroupFailure | LastFailure | None:
@@ -187,6 +189,8 @@ def _stalled(s: Situation, ready: Fact) -> Fact:
 def _reconciling(s: Situation, ready: Fact, stalled: Fact) -> Fact:
     if stalled.status == "True":
         return Fact("False", stalled.reason, "nothing goes on until somebody acts: see Stalled")
+    if ready.status == "True" and s.leftover is not None:
+        return Fact("True", s.leftover.reason, s.leftover.message)
     if ready.status == "True":
         return Fact("False", Reason.RECONCILED, "there is nothing to do")
     if s.failure is not None and s.blocked is None:

@@ -7,7 +7,7 @@ from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.status import ModelStatus, RunnerStatus, Status
 
-from . import children, events, facts, failure, runners, writes
+from . import children, departures, events, facts, failure, runners, writes
 from .actions import Notice, Plan, Step
 from .conditions import Fact
 from .facts import Situation
@@ -75,6 +75,12 @@ def suspend(picture: Picture, status: Status, fault: Unusable | None) -> Plan:
         _C.LOADED: Fact("False", Reason.SUSPENDED, "suspended: nothing is loaded"),
         _C.RUNNER_FAILED: _kept(old, _C.RUNNER_FAILED),
     }
+    if (left := departures.unneeded(picture, picture.pods)) is not None:
+        known[_C.RECONCILING] = Fact("True", left.reason, left.message)
+        known[_C.SCHEDULED] = Fact("False", Reason.SUSPENDED, "suspended: a pod does not go")
+        if left.stalled:
+            known[_C.RECONCILING] = Fact("False", left.reason, "nothing goes on until somebody acts: see Stalled")
+            known[_C.STALLED] = Fact("True", left.reason, left.message)
     if wanted.world_size == 1:
         known[_C.CONNECTED] = Fact("True", Reason.SINGLE_RUNNER, "one runner: there is no group to form")
     status = status.model_copy(

@@ -9,6 +9,8 @@ from mlx_operator_api.tasks import RunnerReport
 
 Manifest = Mapping[str, Any]
 """A Kubernetes object as JSON."""
+GATEWAY_TIMEOUT = 504
+BAD_REQUEST = (400, 403, 409, 413, 422)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +45,23 @@ class NodeView:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The API server's last answer to an attempt to create a child."""
+    """The API server's last answer to an attempt to create a child, or to delete a pod."""
 
     status: int
     """HTTP status: 400 or 403 quota or policy, 409 the name belongs to somebody else, 422 invalid, 500 a webhook,
     504 the API server's own time was over."""
     message: str
     time: datetime
+
+    @property
+    def lasting(self) -> bool:
+        """The answer stays the same until somebody changes something."""
+        return self.status in BAD_REQUEST
+
+    @property
+    def unfinished(self) -> bool:
+        """The API server's time was over: it may have done it or not, which shows by itself."""
+        return self.status == GATEWAY_TIMEOUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +96,8 @@ class Observed:
     """By pod uid."""
     nodes: Mapping[str, NodeView] = field(default_factory=dict)
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
-    """By child name; removed when a later attempt succeeds."""
+    """By name of the child that is to be created, by uid of the pod that is to be deleted; removed when a later attempt
+    succeeds."""
     pod_events: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By pod uid: what Events say of a pod that waits, or of a container that ended of late, newest first (the
     scheduler's and the kubelet's own words); not read for pods that run."""

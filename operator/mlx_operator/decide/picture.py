@@ -121,6 +121,11 @@ class Picture:
     """The epoch that runs is over by the user's will: its deadlines are no longer those of the spec."""
 
     @property
+    def pods(self) -> tuple[PodView, ...]:
+        """All pods of ours."""
+        return (*(rank.pod for rank in self.ranks if rank.pod is not None), *self.surplus)
+
+    @property
     def settings(self) -> Settings:
         """The operator's own configuration."""
         return self.observed.settings

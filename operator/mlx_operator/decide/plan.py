@@ -12,7 +12,21 @@ from mlx_operator_api.conditions import Reason
 from mlx_operator_api.runner import TRANSIENT
 from mlx_operator_api.status import Status
 
-from . import children, downloads, epoch, events, facts, failure, picture, problems, restart, runners, tasks, writes
+from . import (
+    children,
+    departures,
+    downloads,
+    epoch,
+    events,
+    facts,
+    failure,
+    picture,
+    problems,
+    restart,
+    runners,
+    tasks,
+    writes,
+)
 from .actions import Plan
 from .facts import Situation
 from .halts import Unusable, refuse, suspend
@@ -73,7 +87,8 @@ def _go_on(view: Picture, status: Status) -> Plan:
 
 
 def _conclude(view: Picture, status: Status, opened: Reason | None) -> Plan:
-    situation = Situation(view, status, problems.find(view, status))
+    leftover = departures.unneeded(view, view.surplus)
+    situation = Situation(view, status, problems.find(view, status), leftover=leftover)
     status = finish(status, facts.all_of(situation), view.stored, view.wanted.generation, view.clock)
     told = events.tell(view.stored, Situation(view, status, situation.problem), opened)
     sent = tasks.send(view, status)

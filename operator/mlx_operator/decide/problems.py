@@ -11,18 +11,15 @@ from mlx_operator_api.runner import RunnerState
 from mlx_operator_api.status import Status
 from mlx_operator_api.tasks import PROTOCOL
 
-from . import downloads, images, podstart, refused, remedies, restart, service
-from .messages import clauses, clock_time, listed, one_line
+from . import children, departures, downloads, images, podstart, refused, remedies, restart, service
+from .messages import clauses, clock_time, one_line
 from .observed import Refusal
-from .picture import GONE_SECONDS, Picture, Rank, effective, meeting
+from .picture import Picture, Rank, effective, meeting
 from .podstart import up
 from .problem import MAX_WORDS, Problem, of_rank
 
 ENDPOINT_SECONDS = 30.0
 """How long rank 0's pod may take to become Ready once every runner is."""
-GATEWAY_TIMEOUT = 504
-BAD_REQUEST = (400, 403, 409, 413, 422)
-"""Answers of the API server that stay the same until somebody changes something."""
 
 
 def find(picture: Picture, status: Status) -> Problem | None:
@@ -43,7 +40,7 @@ def _alike(ranks: int) -> str:
 def _all(picture: Picture, status: Status) -> Iterator[Problem]:
     yield from _service(picture)
     for rank in picture.ranks:
-        found = _foreign(rank, picture) or _refused(rank, picture) or _leaving(rank, picture)
+        found = _foreign(rank, picture) or _refused(rank, picture) or _leaving(rank, picture, status)
         found = found or podstart.placed(rank, picture) or podstart.started(rank, picture)
         found = found or _reached(rank, picture, status) or _downloaded(rank, picture, status)
         if found is not None:
@@ -65,7 +62,7 @@ def _service(picture: Picture) -> Iterator[Problem]:
         words = one_line(words + refusal.message, MAX_WORDS)
         reason = Reason.CHILD_CONFLICT if conflict else Reason.POD_REFUSED
         advice = remedies.find(reason, words, None)
-        yield Problem(ConditionType.READY, reason, words, stalled=refusal.status in BAD_REQUEST, advice=advice)
+        yield Problem(ConditionType.READY, reason, words, stalled=refusal.lasting, advice=advice)
 
 
 def _foreign(rank: Rank, picture: Picture) -> Problem | None:
@@ -87,12 +84,11 @@ def _refused(rank: Rank, picture: Picture) -> Problem | None:
         return of_rank(picture, rank, Reason.CHILD_CONFLICT, refusal.message, stalled=True)
     if (remedy := images.volume_remedy(picture.wanted, refusal.message)) is not None:
         return of_rank(picture, rank, Reason.IMAGE_VOLUME_UNSUPPORTED, words, stalled=True, remedy=remedy)
-    return of_rank(picture, rank, Reason.POD_REFUSED, words, stalled=refusal.status in BAD_REQUEST)
+    return of_rank(picture, rank, Reason.POD_REFUSED, words, stalled=refusal.lasting)
 
 
 def _did(refusal: Refusal) -> str:
-    """Where its own time was over, it may have created the child or not; that shows by itself."""
-    return "did not finish in its time to create" if refusal.status == GATEWAY_TIMEOUT else "refused"
+    return "did not finish in its time to create" if refusal.unfinished else "refused"
 
 
 def _what(refusal: Refusal) -> str:
@@ -100,20 +96,15 @@ def _what(refusal: Refusal) -> str:
     return "its Secret" if refusal.message.startswith("secrets ") else "the pod"
 
 
-def _leaving(rank: Rank, picture: Picture) -> Problem | None:
-    """A pod that should be gone by now, and whose name the next one needs."""
-    pod, clock = rank.pod or rank.foreign, picture.clock
-    if pod is None or pod.delete_by is None or (rank.node_lost and not pod.finalizers):
+def _leaving(rank: Rank, picture: Picture, status: Status) -> Problem | None:
+    """A pod that should be gone, or going, by now, and whose name the next one needs."""
+    pod = rank.pod or rank.foreign
+    if pod is None or (rank.node_lost and pod.deleting and not pod.finalizers):
         return None
-    if not clock.passed(pod.delete_by + timedelta(seconds=GONE_SECONDS)):
-        return None
-    words = f"it is being deleted and should have been gone by {clock_time(pod.delete_by)}"
-    if pod.finalizers:
-        plural = "s" if len(pod.finalizers) > 1 else ""
-        words = f"{words}: held by the finalizer{plural} {listed(*pod.finalizers)}"
-    else:
-        words = f"{words}: its kubelet does not confirm that its containers ended"
-    return of_rank(picture, rank, Reason.POD_STUCK, words, stalled=True)
+    if not pod.deleting and children.why_delete(picture, status, rank, pod) is None:
+        return None  # its deletion was refused once, and is no longer wanted
+    found = departures.held(pod, picture)
+    return None if found is None else of_rank(picture, rank, Reason.POD_STUCK, found.words, stalled=found.lasting)
 
 
 def _reached(rank: Rank, picture: Picture, status: Status) -> Problem | None:

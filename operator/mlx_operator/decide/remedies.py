@@ -20,6 +20,13 @@ class Remedy:
 
 
 _R = Reason
+
+
+def _of_pods(words: str, text: str) -> tuple[Remedy, Remedy]:
+    """Whether a pod was to be created or deleted."""
+    return Remedy(_R.POD_REFUSED, words, text), Remedy(_R.POD_STUCK, words, text)
+
+
 _TABLE = (
     # The scheduler counts nodes by what is against each: only where all say the same is it clear what helps.
     Remedy(
@@ -73,18 +80,15 @@ _TABLE = (
         r'RuntimeClass "(?P<name>[^"]+)" not found',
         "create the RuntimeClass {name}, or correct spec.runner.runtimeClassName",
     ),
-    Remedy(
-        _R.POD_REFUSED,
+    *_of_pods(
         r'failed calling webhook "(?P<name>[^"]+)".*(deadline exceeded|Client\.Timeout|(handshake|i/o) timeout)',
         "see why the admission webhook {name} does not answer in its time; it is tried again by itself",
     ),
-    Remedy(
-        _R.POD_REFUSED,
-        r"did not finish in its time to create",
+    *_of_pods(
+        r"did not finish in its time to (create|delete)",
         "look for a slow admission webhook, or an API server with too much to do; it is tried again by itself",
     ),
-    Remedy(
-        _R.POD_REFUSED,
+    *_of_pods(
         r'failed calling webhook "(?P<name>[^"]+)"',
         "bring the admission webhook {name} back; it is tried again by itself",
     ),
@@ -98,8 +102,7 @@ _TABLE = (
         r"ValidatingAdmissionPolicy '(?P<name>[^']+)'",
         "correct spec.runner so that the ValidatingAdmissionPolicy {name} allows the pod, or change the policy",
     ),
-    Remedy(
-        _R.POD_REFUSED,
+    *_of_pods(
         r'User "(?P<user>[^"]+)" cannot (?P<verb>\w+) resource "(?P<what>[^"]+)"',
         "give the operator its permission back (helm upgrade does): kubectl auth can-i {verb} {what} --as {user}",
     ),
@@ -192,6 +195,21 @@ _TABLE = (
         _R.VOLUME_NOT_BOUND,
         r"its claim is (?P<name>\S+)$",
         "see what holds it up: kubectl describe pvc {name}; it needs a StorageClass that provisions, or a free volume",
+    ),
+    Remedy(
+        _R.POD_STUCK,
+        r"ValidatingAdmissionPolicy '(?P<name>[^']+)'",
+        "let the ValidatingAdmissionPolicy {name} allow the operator to delete pods, or do it: kubectl delete pod POD",
+    ),
+    Remedy(
+        _R.POD_STUCK,
+        r'admission webhook "(?P<name>[^"]+)" denied the request',
+        "let the admission webhook {name} allow the operator to delete pods, or do it: kubectl delete pod POD",
+    ),
+    Remedy(
+        _R.POD_STUCK,
+        r"refused to delete it",
+        "see in the message who refuses it, and let the operator delete pods, or do it: kubectl delete pod POD",
     ),
     Remedy(
         _R.POD_STUCK,

@@ -62,8 +62,10 @@ class Store:
             self._owner_changed(kept)
         key = shelf.key(uid)
         if resource in (PODS, SERVICES) and key is not None:
-            # Whatever was answered to its creation, it exists.
+            # Whatever was answered to its creation, it exists; or to its deletion, that goes on.
             self.refusals.clear(key, kept["metadata"]["name"])
+            if kept["metadata"].get("deletionTimestamp"):
+                self.refusals.clear(key, uid)
         return _keys(before, key)
 
     def remove(self, resource: Resource, uid: str, version: str) -> Keys:
@@ -75,6 +77,8 @@ class Store:
         if resource is NODES:
             return self._node_changed(known["metadata"]["name"], None)
         if resource is PODS:
+            if key is not None:
+                self.refusals.clear(key, uid)
             self._notes.pop(uid, None)
             self.pod_changed(uid)
         if resource is INSTANCES:
