@@ -7,8 +7,8 @@ the frame port, the others dial it; EOF there is a lost peer, as with the real e
 `FAKE_ENGINE_PLAN` may name a JSON file that is read at each command, so that a test can change it between epochs:
 `{"hang": "Load", "hold": "Load" (until the plan changes, which is then obeyed), "rank": 1 (the plan is of no other),
 "fail": {"on": "Connect", "reason": …, "message": …}, "exit": {"on": "Warmup", "code": 3}, "eat": "Load" (memory, until
-the plan changes), "bytes": 1000 (of it at a time), "token_seconds": 0.1, "layers": 4, "tokens": 12, "stderr": "…",
-"abort": "word of a prompt"}`.
+the plan changes), "bytes": 1000 (of it at a time), "pause": 0.1 (seconds after each time), "token_seconds": 0.1,
+"layers": 4, "tokens": 12, "stderr": "…", "abort": "word of a prompt"}`.
 """
 
 import json
@@ -116,6 +116,7 @@ class FakeEngine:
             eaten = []
             while plan().get("eat") == kind:
                 eaten.append(b"x" * int(today.get("bytes", 16 * 1024 * 1024)))
+                time.sleep(float(today.get("pause", 0.0)))
         if today.get("hang") == kind:
             self.progress.write(Phase.WAITING)
             threading.Event().wait()

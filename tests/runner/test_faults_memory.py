@@ -103,7 +103,8 @@ async def test_where_memory_gets_short_the_spare_goes_first_and_none_is_kept_any
     await confined.ready()
     await met(lambda: [oom_score(pid) for pid in pod.spares()] == [1000], "a spare engine, offered to the kernel")
     (used,), (spare,) = pod.engines(), pod.spares()
-    pod.plan(eat="Generate", bytes=1 << 20)
+    # So slowly that what the spare gives back lasts until its end was seen.
+    pod.plan(eat="Generate", bytes=1 << 20, pause=0.02)
     asked = asyncio.create_task(ask(confined))
     await met(lambda: "the kernel killed the spare engine for memory: none is kept any more" in pod.log, "its end")
     pod.plan()

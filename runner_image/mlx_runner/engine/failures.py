@@ -67,10 +67,7 @@ class Ending:
         """Report and end. A second caller waits for the end that the first one brings."""
         if not self._first.acquire(blocking=False):
             threading.Event().wait()
-        guard = threading.Timer(_LAST_WORDS_SECONDS, os._exit, (FAILURE_EXIT_CODE,))
-        guard.daemon = True
-        guard.start()
-        self._events.send(failure)
+        self._events.send_last(failure, _LAST_WORDS_SECONDS)
         os._exit(FAILURE_EXIT_CODE)
 
     def lose(self, peer: int, why: str) -> None:
