@@ -1,8 +1,10 @@
 """A real API server with the CRD and the chart's RBAC, operators as processes, and a fake kubelet."""
 
 import asyncio
+import errno
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -33,6 +35,8 @@ CONFINED_RELEASE = "confined"
 CRDS = Resource("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", namespaced=False)
 NAMESPACES = Resource("", "v1", "namespaces", "Namespace", namespaced=False)
 SERVICE_ACCOUNTS = Resource("", "v1", "serviceaccounts", "ServiceAccount")
+PORTS = range(10000, 20000)
+"""Of operators: below the kernel's range for outgoing connections, and beside those of the API servers."""
 Manifest = dict[str, Any]
 
 
@@ -306,10 +310,17 @@ async def forget_leader(kube: Kube) -> None:
 
 
 def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free now, and that no outgoing connection is given before somebody listens on it."""
+    while True:
+        port = random.choice(PORTS)  # noqa: S311 (no secret)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port
 
 
 def groups_of(user: str) -> list[str]:

@@ -106,8 +106,11 @@ class InstantKubelet(Kubelet):
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        server = self._runner.server
         await self._runner.cleanup()  # all connections at once, not those of each pod
         await super().__aexit__(*error)
+        if server is not None:
+            await server.shutdown(0.0)  # those that came before the last pod stopped to listen
         gc.set_threshold(*self._collections)
 
     # -- faults
