@@ -6,6 +6,8 @@ waits for the exit status. Beside it, shared memory (`progress.py`) holds what m
 frozen.
 """
 
+import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
@@ -24,6 +26,10 @@ ENGINE_NAME = "mlx-engine"
 """Its name from its first command on."""
 FAILURE_EXIT_CODE = 70
 """The engine reported a failure and ended itself (EX_SOFTWARE)."""
+MAX_EVENT_BYTES = 16 * 1024 * 1024
+"""Of one line from the engine. The supervisor kills one that sends a longer line, so the engine says nothing longer."""
+INTERNAL_ERROR = "internal_error"
+"""Code of a `Refused` that is no fault of the request."""
 
 
 # -- supervisor → engine
@@ -222,7 +228,7 @@ class Accepted(Lenient):
 
 
 class Refused(Lenient):
-    """The request is not valid for this model: an HTTP 4xx in OpenAI's shape."""
+    """The request is not valid for this model, or cannot be served: an HTTP error in OpenAI's shape."""
 
     kind: Literal["Refused"] = "Refused"
     id: str
@@ -345,9 +351,23 @@ _COMMANDS: TypeAdapter[Command] = TypeAdapter(Command)
 _EVENTS: TypeAdapter[Event] = TypeAdapter(Event)
 
 
+_ASKED = re.compile(rb'\{"kind":"(?:Generate|Tokenize|Detokenize)","id":("(?:[^"\\]|\\.)*")')
+
+
+class EncodingError(ValueError):
+    """A message cannot be written as a line."""
+
+
 def encode(message: Lenient) -> bytes:
-    """One line, newline included."""
-    return message.model_dump_json(by_alias=True, exclude_none=True).encode() + b"\n"
+    """One line, newline included.
+
+    Raises:
+        EncodingError: it holds what JSON cannot: half a surrogate pair, or values nested too deep.
+    """
+    try:
+        return message.model_dump_json(by_alias=True, exclude_none=True).encode() + b"\n"
+    except ValueError as error:
+        raise EncodingError(str(error)) from error
 
 
 def decode_command(line: bytes) -> Command:
@@ -357,6 +377,15 @@ def decode_command(line: bytes) -> Command:
         pydantic.ValidationError: it is none of ours.
     """
     return _COMMANDS.validate_json(line)
+
+
+def asker(line: bytes) -> str | None:
+    """The id of the request on a line from the supervisor, also where the rest of it cannot be read."""
+    found = _ASKED.match(line)
+    try:
+        return str(json.loads(found[1])) if found else None
+    except ValueError:
+        return None
 
 
 def decode_event(line: bytes) -> Event:

@@ -25,6 +25,14 @@ class Engine:
         return [command.id for command in self.commands]
 
 
+class EncodingEngine(Engine):
+    """One that is told over the channel, as a real one."""
+
+    def send(self, command: channel.Command) -> None:
+        channel.encode(command)
+        super().send(command)
+
+
 def generate(number: int) -> channel.Generate:
     return channel.Generate(id=str(number), prompt="x")
 

@@ -10,7 +10,7 @@ from mlx_runner import channel
 from mlx_runner.supervisor.answers import dispatched
 from mlx_runner.supervisor.requests import Broker, QueueFullError, UnavailableError
 from mlx_runner.supervisor.tickets import Observer, Outcome, Ticket
-from tests.unit.brokered import Engine, accepted, finished, generate, last
+from tests.unit.brokered import EncodingEngine, Engine, accepted, everything, finished, generate, last
 
 
 @pytest.fixture
@@ -43,6 +43,42 @@ async def test_requests_go_to_the_engine_in_order_and_no_more_than_it_takes(brok
         broker.deliver(finished(n))
     assert (engine.ids, broker.active, engine.active[-1]) == (["0", "1", "2"], 0, 0)
     assert broker.idle.is_set()
+
+
+UNSAYABLE = {"description": "half a \ud83d pair"}
+
+
+def unsayable(number: int) -> channel.Generate:
+    return channel.Generate(id=str(number), prompt="x", json_schema=UNSAYABLE)
+
+
+async def test_a_request_that_no_engine_can_be_told_ends_by_itself_and_takes_no_place(broker: Broker) -> None:
+    engine = EncodingEngine()
+    broker.open(engine.send, ServingOptions(max_concurrent_requests=1))
+    alone = broker.enter(unsayable(0))
+    assert (broker.active, broker.idle.is_set(), alone.done) == (0, True, True)
+    (answer,) = everything(alone)
+    assert isinstance(answer, channel.Refused)
+    assert (answer.status, answer.code) == (500, "internal_error")
+    await dispatched(broker, alone)
+    # Also when its turn comes with a word of the engine, or with the next engine.
+    broker.enter(generate(1))
+    waits, behind = broker.enter(unsayable(2)), broker.enter(generate(3))
+    broker.deliver(finished(1))
+    assert (waits.done, behind.dispatched.done(), engine.ids) == (True, True, ["1", "3"])
+    broker.lose("engine killed")
+    held = broker.enter(unsayable(4))
+    broker.open(engine.send, ServingOptions(max_concurrent_requests=2))
+    assert (held.done, engine.ids) == (True, ["1", "3", "3"])
+
+
+async def test_a_question_that_no_engine_can_be_told_is_answered_at_once(broker: Broker) -> None:
+    broker.open(EncodingEngine().send, ServingOptions())
+    question = channel.Tokenize(id="q", prompt="x", template_options=UNSAYABLE)
+    async with asyncio.timeout(5):
+        answer = await broker.questions.ask(question)
+    assert isinstance(answer, channel.Refused)
+    assert (answer.status, answer.code) == (500, "internal_error")
 
 
 async def test_a_queue_of_zero_still_serves_what_the_engine_takes(broker: Broker, engine: Engine) -> None:

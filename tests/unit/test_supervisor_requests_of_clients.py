@@ -1,12 +1,16 @@
 """What clients may put into a request body."""
 
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mlx_runner import channel
 from mlx_runner.supervisor.openai_chat import parse_chat
 from mlx_runner.supervisor.openai_errors import ApiError
 from mlx_runner.supervisor.openai_models import parse_completion
+from mlx_runner.supervisor.openai_responses import parse_responses
 from mlx_runner.supervisor.openai_tokens import parse_tokenize
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -151,6 +155,75 @@ def test_anything_else_is_refused_by_the_name_of_its_field(field: str, value: ob
 )
 def test_a_message_is_refused_by_its_place(message: dict[str, Any], param: str, code: str) -> None:
     assert refusal({**CHAT, "messages": [message]})[:2] == (param, code)
+
+
+HALF = {"deep": [{"er": "half a \ud83d pair"}]}
+INFINITE = {"minimum": float("inf")}
+
+
+@pytest.mark.parametrize("value", [HALF, {"half a \udfff pair": 1}, INFINITE])
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ("parameters", "tools[0].function.parameters"),
+        ("schema", "response_format.json_schema.schema"),
+        ("chat_template_kwargs", "chat_template_kwargs"),
+    ],
+)
+def test_json_that_no_engine_could_be_told_is_refused_wherever_it_is(value: Any, field: str, param: str) -> None:
+    bodies: dict[str, dict[str, Any]] = {
+        "parameters": {"tools": [{"type": "function", "function": {"name": "f", "parameters": value}}]},
+        "schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": value}}},
+        "chat_template_kwargs": {"chat_template_kwargs": value},
+    }
+    found = refusal({**CHAT, **bodies[field]})
+    assert str(found[0]).startswith(param) and found[1] == "invalid_value"
+
+
+def test_a_schema_for_a_response_is_refused_when_no_engine_could_be_told() -> None:
+    text = {"format": {"type": "json_schema", "name": "n", "schema": HALF}}
+    assert refusal({"model": "m", "input": "x", "text": text}, parse_responses_body)[0] == "text.format.schema"
+    assert refusal({"messages": CHAT["messages"], "chat_template_kwargs": HALF}, parse_question)[0] is not None
+
+
+def parse_responses_body(body: Any) -> Any:
+    asked = parse_responses(body)
+    return SimpleNamespace(form=lambda: None, rows=asked.rows)
+
+
+def parse_question(body: Any) -> Any:
+    asked = parse_tokenize(body)
+    return SimpleNamespace(form=lambda: None, rows=asked.question)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ('{"x": "\\ud83d"}', "half a surrogate pair"),
+        ('{"x": ' + "[" * 100 + "]" * 100 + "}", "deeper than 64"),
+        ('{"x": ' + "[" * 20_000 + "]" * 20_000 + "}", "deep"),
+        ('{"x": NaN}', "NaN"),
+        ('{"x": 1e999}', "no number of JSON"),
+        ('{"x": ' + "9" * 10_000 + "}", "digits"),
+    ],
+)
+def test_arguments_of_a_call_are_json_that_an_engine_can_be_told(arguments: str, words: str) -> None:
+    call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+    param, code, message = refusal({**CHAT, "messages": [{"role": "assistant", "tool_calls": [call]}]})
+    assert (param, code) == ("messages[0].tool_calls[0].function.arguments", "invalid_value")
+    assert words in message and len(message) < 400
+
+
+def test_what_is_taken_in_can_be_told_to_the_engine_and_read_by_it() -> None:
+    deep: Any = "end"
+    for _ in range(62):
+        deep = {"x": deep}
+    call = {"id": "1", "function": {"name": "f", "arguments": json.dumps(deep)}}
+    parameters = {"type": "object", "description": "\U0001f600", "default": 10**4000}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    body = {**CHAT, "messages": [{"role": "assistant", "tool_calls": [call]}], "tools": [tool]}
+    (command,) = parse_chat(body).rows("id")
+    assert channel.decode_command(channel.encode(command)) == command
 
 
 def test_contradictions_are_refused() -> None:

@@ -103,10 +103,18 @@ class Engine:
             except ValidationError as error:
                 text = str(error).replace("\n", " ")
                 self.events.notice(f"command of the supervisor ignored: {text}", warning=True)
+                self._refuse(line)
                 continue
             self._route(command)
         # Nobody is left to report to.
         os._exit(channel.FAILURE_EXIT_CODE)
+
+    def _refuse(self, line: bytes) -> None:
+        """Whoever asks in a line that cannot be read is told: it would wait for ever, and keep its place."""
+        asker = channel.asker(line)
+        if asker is not None:
+            message = "the engine could not read this request: its log says why"
+            self.events.send(channel.Refused(id=asker, status=500, code=channel.INTERNAL_ERROR, message=message))
 
     def _route(self, command: channel.Command) -> None:
         match command:

@@ -20,8 +20,6 @@ from .config import Config
 
 log = logging.getLogger(__name__)
 
-MAX_EVENT_BYTES = 16 * 1024 * 1024
-"""Of one line from the engine."""
 _SETTLE_SECONDS = 1.0
 """After the end of the process: for what is still in its pipes (a grandchild may hold them open for ever)."""
 _ENGINE_LINE = "engine: "
@@ -139,7 +137,7 @@ class EngineProcess:
         except ConnectionError:
             log.debug("channel of engine pid=%d reset", self.pid)
         except ValueError:
-            self._abandon(f"it sent a line longer than {MAX_EVENT_BYTES} bytes")
+            self._abandon(f"it sent a line longer than {channel.MAX_EVENT_BYTES} bytes")
         # Its end of the channel is closed: it is ending, or it cannot be talked to any more.
         asyncio.get_running_loop().call_later(_SETTLE_SECONDS, self._abandon, "it closed its channel")
 
@@ -217,7 +215,7 @@ async def spawn(config: Config, cgroup: Cgroup, *, background: bool = False) -> 
         )
         on_error.pop_all()
     engine = EngineProcess(child, progress, cgroup)
-    reader, writer = await asyncio.open_unix_connection(sock=our_end, limit=MAX_EVENT_BYTES)
+    reader, writer = await asyncio.open_unix_connection(sock=our_end, limit=channel.MAX_EVENT_BYTES)
     engine.run(reader, writer, *await _read_pipe(read_end))
     return engine
 

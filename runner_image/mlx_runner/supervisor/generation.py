@@ -139,7 +139,7 @@ async def _first(tickets: Sequence[Ticket], said: AsyncIterator[Said]) -> Said:
     async for number, answer in said:
         if tickets[number].begun or not isinstance(answer, Paused):
             return number, answer
-    raise ApiError(500, "the engine ended the answer without a word", code="internal_error")
+    raise ApiError(500, "the engine ended the answer without a word", code=channel.INTERNAL_ERROR)
 
 
 async def _tell(response: web.StreamResponse, one: Said, shape: Shape) -> None:

@@ -1,6 +1,5 @@
 """The public API on rank 0: OpenAI's endpoints that generate text, plain and as a stream, and what belongs to them."""
 
-import json
 import time
 import uuid
 from typing import Any
@@ -9,7 +8,7 @@ from aiohttp import web
 
 from mlx_runner import channel
 
-from . import openapi
+from . import json_values, openapi
 from .api_keys import ApiKeys
 from .control import readiness
 from .generation import admission, generate
@@ -29,8 +28,6 @@ from .tickets import NOT_READY
 MAX_BODY_BYTES = 2 * 1024 * 1024
 _PROTECTED = ("/v1/", "/tokenize", "/detokenize")
 """Paths that an API key is for. Probes, metrics and the description of the API stay open."""
-MAX_DEPTH = 64
-"""Of the JSON; what is nested deeper is nobody's request."""
 
 
 class PublicApi:
@@ -176,31 +173,13 @@ class PublicApi:
 
 
 async def _json(request: web.Request) -> Any:
+    text = await read_body(request)
     try:
-        body = json.loads(await read_body(request), parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        return json_values.read(text)
+    except json_values.TooDeepError as error:
+        raise ApiError(400, f"the body is {error}", code="invalid_json") from error
+    except ValueError as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from error
-    if _deeper(body, MAX_DEPTH):
-        raise ApiError(400, f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
-    return body
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _deeper(value: Any, limit: int) -> bool:
-    """Whether a value is nested deeper than that."""
-    level = [value]
-    for _ in range(limit):
-        level = [child for one in level if isinstance(one, dict | list) for child in _children(one)]
-        if not level:
-            return False
-    return True
-
-
-def _children(value: Any) -> Any:
-    return value.values() if isinstance(value, dict) else value
 
 
 def _http_error(request: web.Request, error: web.HTTPException) -> ApiError:

@@ -1,14 +1,15 @@
 """The body of a chat request: messages, tools, response format."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, StrictBool, StrictInt, model_validator
+from pydantic import Field, StrictBool, StrictInt, model_validator
 
 from mlx_runner import channel
 
+from . import json_values
+from .json_values import JsonObject
 from .openai_errors import invalid
 from .openai_models import MAX_LOGPROBS, Choices, Count, rows
 from .openai_parse import Strict, Text, validated, wrong
@@ -44,14 +45,14 @@ class MessageToolCall(Strict):
 
     def plain(self) -> dict[str, Any]:
         """For the chat template, which takes arguments as an object."""
-        arguments = json.loads(self.function.arguments or "{}")
+        arguments = json_values.read(self.function.arguments or "{}")
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
-            arguments = json.loads(self.function.arguments or "{}")
-        except (ValueError, RecursionError) as error:
+            arguments = json_values.sayable(json_values.read(self.function.arguments or "{}"))
+        except ValueError as error:
             raise wrong("function.arguments", f"no JSON: {error}") from error
         if not isinstance(arguments, dict):
             raise wrong("function.arguments", "must be a JSON object")
@@ -112,7 +113,7 @@ class Function(Strict):
 
     name: FunctionName
     description: Text | None = None
-    parameters: dict[str, JsonValue] | None = None
+    parameters: JsonObject | None = None
     """A JSON schema."""
     strict: StrictBool | None = None
     """With `tool_choice` `required` or a name the schema is always followed; with `auto` it is the model's to do so."""
@@ -143,7 +144,7 @@ class JsonSchema(Strict):
 
     name: Text | None = None
     description: Text | None = None
-    schema_: dict[str, JsonValue] = Field(default_factory=dict, alias="schema")
+    schema_: JsonObject = Field(default_factory=dict, alias="schema")
     strict: StrictBool | None = None
     """The schema is followed either way."""
 
@@ -201,7 +202,7 @@ class ChatRequest(Choices):
     """Whether an answer may hold several calls. Default: true."""
     reasoning_effort: Effort | None = None
     """For chat templates that know it; `none` also for those that know `enable_thinking`."""
-    chat_template_kwargs: dict[Text, JsonValue] | None = None
+    chat_template_kwargs: JsonObject | None = None
     """Variables of the model's chat template, such as `enable_thinking`."""
 
     def limit(self) -> int | None:

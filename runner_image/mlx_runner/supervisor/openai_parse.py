@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 from pydantic_core import PydanticCustomError
 
+from .json_values import encodable
 from .openai_errors import ApiError, invalid, unsupported
 
 HARMLESS = frozenset(
@@ -14,16 +15,7 @@ HARMLESS = frozenset(
 """Fields that are about the caller's bookkeeping and change no answer."""
 
 
-def _encodable(text: str) -> str:
-    """JSON may hold half a surrogate pair; no encoding of text can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"no valid Unicode: half a surrogate pair at character {error.start}") from error
-    return text
-
-
-Text = Annotated[StrictStr, AfterValidator(_encodable)]
+Text = Annotated[StrictStr, AfterValidator(encodable)]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, StrictBool, model_validator
+from pydantic import Field, StrictBool, model_validator
 
 from mlx_runner import channel
 
+from .json_values import JsonObject
 from .openai_chat import Effort
 from .openai_models import Count, Sampled
 from .openai_parse import HARMLESS, Strict, Text, validated, wrong
@@ -43,7 +44,7 @@ class TextFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     name: Text | None = None
     description: Text | None = None
-    schema_: dict[str, JsonValue] | None = Field(default=None, alias="schema")
+    schema_: JsonObject | None = Field(default=None, alias="schema")
     strict: StrictBool | None = None
     """The schema is followed either way."""
 

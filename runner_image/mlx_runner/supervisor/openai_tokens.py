@@ -2,10 +2,11 @@
 
 from typing import Any, Self
 
-from pydantic import Field, JsonValue, StrictBool, model_validator
+from pydantic import Field, StrictBool, model_validator
 
 from mlx_runner import channel
 
+from .json_values import JsonObject
 from .openai_chat import Message, Tool, tool_fields
 from .openai_parse import Body, Text, TokenId, validated, wrong
 
@@ -18,7 +19,7 @@ class TokenizeRequest(Body):
     messages: list[Message] | None = Field(default=None, min_length=1)
     tools: list[Tool] | None = None
     """With `messages`."""
-    chat_template_kwargs: dict[Text, JsonValue] | None = None
+    chat_template_kwargs: JsonObject | None = None
     """With `messages`: variables of the model's chat template."""
     add_generation_prompt: StrictBool = True
     """With `messages`: end with the beginning of an answer."""

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from mlx_runner import channel
 
+from .tickets import unsayable
+
 ANSWER_SECONDS = 30.0
 """The engine's text thread answers at once; what takes longer is lost."""
 Question = channel.Tokenize | channel.Detokenize
@@ -53,6 +55,8 @@ class Questions:
             self._send(question)
             async with asyncio.timeout(ANSWER_SECONDS):
                 return await future
+        except channel.EncodingError as error:
+            return unsayable(question.id, error)
         except TimeoutError as error:
             raise QuestionLostError(f"the engine did not answer within {ANSWER_SECONDS:g} s") from error
         finally:

@@ -13,7 +13,7 @@ from mlx_operator_api.tasks import DeadlineSeconds, ServingOptions
 from mlx_runner import channel
 
 from .questions import Questions
-from .tickets import CRASHES_ENGINE, NOT_READY, Lost, Observer, Outcome, Paused, ServedModel, Ticket, shape
+from .tickets import CRASHES_ENGINE, NOT_READY, Lost, Observer, Outcome, Paused, ServedModel, Ticket, shape, unsayable
 
 log = logging.getLogger(__name__)
 
@@ -250,8 +250,18 @@ class Broker:
             self._active[ticket.command.id] = ticket
             self._dispatched(ticket)
             self.idle.clear()
-            self._send(ticket.resumed())
+            try:
+                self._send(ticket.resumed())
+            except channel.EncodingError as error:
+                self._unsent(ticket, error)
         self._on_active(self.active)
+
+    def _unsent(self, ticket: Ticket, error: channel.EncodingError) -> None:
+        """No engine can be told of it: it ends here, and with it nobody else."""
+        del self._active[ticket.command.id]
+        if not self._active:
+            self.idle.set()
+        self._end(ticket, unsayable(ticket.command.id, error), Outcome.REFUSED)
 
     def _next(self) -> Ticket | None:
         """Who goes to the engine now.

@@ -1,11 +1,14 @@
 """A request of a client in the supervisor: what was asked, what was answered so far, and how it ended."""
 
 import asyncio
+import logging
 from collections.abc import Sized
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from mlx_runner import channel
+
+log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5
 """What `Retry-After` says."""
@@ -23,7 +26,7 @@ class Outcome(StrEnum):
     FINISHED = "finished"
     """Answered to its end."""
     REFUSED = "refused"
-    """The engine found it not valid for this model: a 4xx."""
+    """The engine found it not valid for this model, or failed on it alone."""
     CANCELLED = "cancelled"
     """Its client left."""
     QUEUE_FULL = "queue_full"
@@ -133,6 +136,13 @@ class Observer:
 
     def turned_away(self, outcome: Outcome) -> None:
         """It was not taken in."""
+
+
+def unsayable(request_id: str, error: channel.EncodingError) -> channel.Refused:
+    """The answer to a request that cannot be written to the channel: what is wrong with it should have been found."""
+    log.error("request %s cannot be given to an engine: %s", request_id, error)
+    message = "this request cannot be given to an engine: the log of the runner says why"
+    return channel.Refused(id=request_id, status=500, code=channel.INTERNAL_ERROR, message=message)
 
 
 def shape(ticket: Ticket) -> str:
