@@ -133,6 +133,38 @@ def test_what_is_no_call_is_given_as_the_text_that_it_is(text: str) -> None:
     assert (said.text, said.calls) == (f"before {text}", [])
 
 
+@pytest.mark.parametrize(
+    ("parser", "text"),
+    [
+        (json_tools, '<tool_call>{"name": "weather", "arguments": {"x": "\\ud83d"}}</tool_call>'),
+        (json_tools, '<tool_call>{"name": "half \\ud83d", "arguments": {}}</tool_call>'),
+        (json_tools, '<tool_call>{"name": "weather", "arguments": {"x": 1e999}}</tool_call>'),
+        (json_tools, '<tool_call>{"name": "weather", "arguments": {"x": NaN}}</tool_call>'),
+        (json_tools, '<tool_call>{"name": "weather", "arguments": "no JSON"}</tool_call>'),
+        (json_tools, '<tool_call>{"name": "weather", "arguments": "{\\"x\\": NaN}"}</tool_call>'),
+        (json_tools, "<tool_call>" + "[" * 20_000 + "</tool_call>"),
+        *(
+            (qwen3_coder, f"<tool_call><function=weather><parameter={name}>{value}</parameter></function></tool_call>")
+            for name, value in [
+                ("x", "{1, 2}"),
+                ("x", "b'a'"),
+                ("x", "..."),
+                ("x", "1j"),
+                ("x", "-" * 20_000 + "1"),
+                ("n", "1e999"),
+                ("n", "nan"),
+                ("n", "1e4999"),
+            ]
+        ),
+    ],
+)
+def test_a_call_whose_arguments_are_no_json_is_given_as_the_text_that_it_is(parser: Any, text: str) -> None:
+    properties = {"x": {"type": "array"}, "n": {"type": "integer"}}
+    function = {"name": "weather", "parameters": {"type": "object", "properties": properties}}
+    said = told(f"before {text}", of=tokenizer(parser), tools=({"type": "function", "function": function},))
+    assert (said.text, said.calls) == (f"before {text}", [])
+
+
 def test_a_call_that_is_cut_short_is_no_call() -> None:
     said = told(CALL_TEXT[:-14], end=False)
     assert said.calls == [] and said.text == CALL_TEXT[:-14]

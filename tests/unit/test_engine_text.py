@@ -8,7 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_runner.channel import Accepted, Cancel, Delta, Event, Finished, Generate, Refused
+from mlx_runner import channel
+from mlx_runner.channel import (
+    Accepted,
+    Cancel,
+    Delta,
+    Detokenize,
+    Event,
+    Finished,
+    Generate,
+    Refused,
+    Tokenize,
+    Tokenized,
+)
 from mlx_runner.engine.prepare import Limits
 from mlx_runner.engine.requests import CancelRow, Requests
 from mlx_runner.engine.sampler import Parameters, RowSampler
@@ -82,15 +94,12 @@ def test_text_that_may_begin_a_stop_string_is_held_back_and_given_when_it_does_n
 class Desk:
     """`Requests` without its thread."""
 
-    def __init__(self, **limits: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer = TOKENIZER, **limits: Any) -> None:
         self.said: list[Event] = []
         self.submitted: list[Row | CancelRow] = []
-        self.requests = Requests(
-            TOKENIZER,
-            Limits(**{"context": 100, "answer": None, **limits}),
-            self.submitted.append,
-            self.said.append,
-        )
+        self.tokenizer = tokenizer
+        self.limits = Limits(**{"context": 100, "answer": None, **limits})
+        self.requests = Requests(tokenizer, self.limits, self.submitted.append, self.said.append)
 
     def ask(self, text: str = "abc", **options: Any) -> None:
         self.requests.handle(Generate(id="r", prompt=text, **options))
@@ -141,6 +150,115 @@ def test_an_answer_cut_in_the_middle_of_a_character_or_stop_string_gives_what_it
     desk.ask()
     desk.answer(*"né".encode()[:-1], finish="length")
     assert desk.text == "n\ufffd"
+
+
+class Faulty(Bytes):
+    """Chokes on one token, and on one text, as a bug would."""
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return super().encode(text)
+
+    def decode(self, tokens: Sequence[int], **_: Any) -> str:
+        if 0 in tokens:
+            raise RuntimeError("a bug")
+        return super().decode(tokens)
+
+
+class Encoded(list[Event]):
+    """What was said over the channel."""
+
+    def append(self, event: Event) -> None:
+        channel.encode(event)
+        super().append(event)
+
+
+def faulty_desk() -> Desk:
+    desk = Desk(tokenizer=Tokenizer(Faulty(), 257, frozenset({EOS})))
+    desk.said = Encoded()
+    desk.requests = Requests(desk.tokenizer, desk.limits, desk.submitted.append, desk.said.append)
+    return desk
+
+
+def test_a_failure_with_one_request_ends_that_one_once_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    desk = faulty_desk()
+    desk.ask()
+    desk.requests.handle(Generate(id="other", prompt="x"))
+    desk.requests.handle([Emission(1, 65), Emission(1, 0), Emission(2, 66), Emission(1, 67)])
+    (refused,) = [event for event in desk.said if isinstance(event, Refused)]
+    assert (refused.id, refused.status, refused.code) == ("r", 500, "internal_error")
+    assert "RuntimeError" in refused.message
+    assert desk.submitted[2:] == [CancelRow(1)]
+    assert "RuntimeError: a bug" in capsys.readouterr().err
+    desk.requests.handle([Emission(1, finish="cancelled"), Emission(2, EOS, "stop")])
+    desk.requests.handle(Cancel(id="r"))
+    assert [event.id for event in desk.said if isinstance(event, Refused | Finished)] == ["r", "other"]
+    assert [event.text for event in desk.said if isinstance(event, Delta) and event.id == "other"] == ["B", ""]
+
+
+def test_a_failure_at_the_end_of_an_answer_ends_it_once() -> None:
+    desk = faulty_desk()
+    desk.ask()
+    desk.answer(65, 0, finish="length")
+    assert [type(event) for event in desk.said] == [Accepted, Delta, Refused]
+    desk = faulty_desk()
+    desk.ask(resume=(65, 0))
+    assert [type(event) for event in desk.said] == [Accepted, Refused]
+    desk.requests.handle([Emission(1, finish="cancelled")])
+    assert len(desk.said) == 2
+
+
+def test_what_is_said_and_cannot_be_written_ends_its_request() -> None:
+    class Half(Bytes):
+        def decode(self, tokens: Sequence[int], **_: Any) -> str:
+            return "\ud83d" * len(tokens)
+
+    desk = faulty_desk()
+    tokenizer = Tokenizer(Half(), 257, frozenset({EOS}))
+    desk.requests = Requests(tokenizer, desk.limits, desk.submitted.append, desk.said.append)
+    desk.ask()
+    desk.answer(65)
+    assert [type(event) for event in desk.said] == [Accepted, Refused]
+    desk.requests.handle(Detokenize(id="q", tokens=(1,)))
+    assert isinstance(desk.said[-1], Refused)
+    assert (desk.said[-1].id, desk.said[-1].status) == ("q", 500)
+
+
+@pytest.mark.parametrize(
+    ("question", "param", "words"),
+    [
+        (Tokenize(id="q", prompt="abcd", return_token_strs=True), "return_token_strs", "leave return_token_strs out"),
+        (Tokenize(id="q", prompt="a" * 200), "prompt", "in parts"),
+        (Tokenize(id="q", messages=({"role": "user", "content": "a" * 200},)), "messages", "in parts"),
+        (Detokenize(id="q", tokens=(65,) * 200), "tokens", "in parts"),
+    ],
+)
+def test_an_answer_that_the_channel_does_not_carry_is_refused_with_what_helps(
+    question: Tokenize | Detokenize, param: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wordy(Bytes):
+        has_chat_template = True
+
+        def encode(self, text: str, **_: Any) -> list[int]:
+            return list(text.encode())
+
+        def decode(self, tokens: Sequence[int], **_: Any) -> str:
+            return super().decode(tokens) * (30 if len(tokens) == 1 else 1)
+
+        def apply_chat_template(self, messages: Sequence[dict[str, str]], **_: Any) -> list[int]:
+            return self.encode(messages[0]["content"])
+
+    desk = faulty_desk()
+    tokenizer = Tokenizer(Wordy(), 257, frozenset({EOS}))
+    desk.requests = Requests(tokenizer, desk.limits, desk.submitted.append, desk.said.append)
+    monkeypatch.setattr(channel, "MAX_EVENT_BYTES", 200)
+    desk.requests.handle(question)
+    (refused,) = desk.said
+    assert isinstance(refused, Refused)
+    assert (refused.status, refused.param) == (400, param)
+    assert "200" in refused.message and words in refused.message
+    desk.said.clear()
+    desk.requests.handle(Tokenize(id="short", prompt="a"))
+    assert [type(event) for event in desk.said] == [Tokenized]
 
 
 def test_a_cancel_is_for_the_scheduler_and_ends_with_its_word() -> None:

@@ -3,14 +3,18 @@
 Everything about a request passes through one queue in the order it happened, so a cancel never overtakes its request.
 """
 
+import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mlx_runner import channel
 from mlx_runner.channel import (
+    INTERNAL_ERROR,
     Accepted,
     Cancel,
     Delta,
@@ -86,17 +90,33 @@ class Requests:
         """Work on one item of the queue."""
         match item:
             case Generate() | Tokenize() | Detokenize():
-                try:
+                with self._only(item.id):
                     self._begin(item)
-                except PromptError as error:
-                    self._say(Refused(id=item.id, code=error.code, param=error.param, message=str(error)))
             case Cancel():
                 for uid, answer in self._answers.items():
                     if answer.id == item.id:
                         self._submit(CancelRow(uid))
             case _:
                 for emission in item:
-                    self._emit(emission)
+                    if (under_way := self._answers.get(emission.uid)) is None:
+                        continue  # it was ended while this was computed
+                    with self._only(under_way.id):
+                        self._emit(emission, under_way)
+
+    @contextlib.contextmanager
+    def _only(self, request_id: str) -> Iterator[None]:
+        """Work on one request: what goes wrong ends that one, and not the engine with all the others."""
+        try:
+            yield
+        except PromptError as error:
+            self._say(Refused(id=request_id, code=error.code, param=error.param, message=str(error)))
+        except Exception as error:  # noqa: BLE001 (a bug of ours or of a library: told, and in the log)
+            traceback.print_exception(error)  # for the pod's log
+            for uid in [uid for uid, answer in self._answers.items() if answer.id == request_id]:
+                del self._answers[uid]
+                self._submit(CancelRow(uid))
+            message = f"the engine failed on this request: {type(error).__name__}; its log says where"
+            self._say(Refused(id=request_id, status=500, code=INTERNAL_ERROR, message=message))
 
     def _begin(self, command: Generate | Tokenize | Detokenize) -> None:
         match command:
@@ -106,10 +126,22 @@ class Requests:
                 tokens = self._preparer.tokens(command)
                 texts = tuple(self._tokenizer.decode([t]) for t in tokens) if command.return_token_strs else None
                 limit = self._preparer.limits.context
-                self._say(Tokenized(id=command.id, tokens=tokens, max_model_len=limit, token_strs=texts))
+                param = "prompt" if command.messages is None else "messages"
+                asked = "return_token_strs" if command.return_token_strs else param
+                self._reply(Tokenized(id=command.id, tokens=tokens, max_model_len=limit, token_strs=texts), asked)
             case Detokenize():
                 self._tokenizer.check(command.tokens, "tokens")
-                self._say(Detokenized(id=command.id, prompt=self._tokenizer.decode(command.tokens)))
+                self._reply(Detokenized(id=command.id, prompt=self._tokenizer.decode(command.tokens)), "tokens")
+
+    def _reply(self, answer: Tokenized | Detokenized, param: str) -> None:
+        """Answer a question, unless the supervisor would not take so long a line. `param`: what makes it long."""
+        size, limit = len(channel.encode(answer)), channel.MAX_EVENT_BYTES
+        if size > limit:
+            remedy = f"leave {param} out, or ask" if param == "return_token_strs" else "ask"
+            raise PromptError(
+                f"{param}: the answer of {size} bytes is longer than {limit}: {remedy} in parts", param=param
+            )
+        self._say(answer)
 
     def _generate(self, request: Generate, prepared: Prepared) -> None:
         prompt, uid = prepared.prompt, next(self._uids)
@@ -138,10 +170,7 @@ class Requests:
                 return "stop" if text.ended or complete else "length"
         return None
 
-    def _emit(self, emission: Emission) -> None:
-        answer = self._answers.get(emission.uid)
-        if answer is None:
-            return  # ended by a stop string while this was computed
+    def _emit(self, emission: Emission, answer: _Answer) -> None:
         if emission.token is not None:
             self._token(answer, emission.token, emission.logprobs, last=emission.finish is not None)
         ended = answer.text.ended

@@ -11,8 +11,12 @@ from .grammar import Grammars
 from .text import ToolFormat
 
 Tool = Mapping[str, Any]
-_PARSER_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, SyntaxError, RecursionError)
-"""What mlx-lm's parsers raise for a text that is no call."""
+_PARSER_ERRORS = (
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, SyntaxError),
+    *(ArithmeticError, RecursionError, MemoryError),
+)
+"""What mlx-lm's parsers, and `json`, raise for a text that is no call: Python's own parser runs out of memory for one
+that is nested too deep."""
 
 
 def parse(form: ToolFormat, text: str, tools: Sequence[Tool], request: str, first: int) -> tuple[ToolCall, ...]:
@@ -22,24 +26,28 @@ def parse(form: ToolFormat, text: str, tools: Sequence[Tool], request: str, firs
     """
     try:
         parsed = form.parse(text, [dict(tool) for tool in tools])
+        found = parsed if isinstance(parsed, list) else [parsed]
+        return tuple(_read(call, request, first + number) for number, call in enumerate(found))
     except _PARSER_ERRORS:
         return ()
-    found = parsed if isinstance(parsed, list) else [parsed]
-    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in found):
-        return ()
-    return tuple(
-        ToolCall(
-            index=first + number,
-            id=_id(request, first + number),
-            name=call["name"],
-            arguments=_arguments(call.get("arguments", {})),
-        )
-        for number, call in enumerate(found)
-    )
+
+
+def _read(call: Any, request: str, index: int) -> ToolCall:
+    """What a parser found. It raises one of `_PARSER_ERRORS` where no client could be told of it in JSON."""
+    name, arguments = call["name"], _arguments(call.get("arguments", {}))
+    (name + arguments).encode()  # half a surrogate pair, for one
+    return ToolCall(index=index, id=_id(request, index), name=name, arguments=arguments)
 
 
 def _arguments(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, str):
+        return json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    json.loads(arguments, parse_constant=_no_number)
+    return arguments
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _id(request: str, index: int) -> str:
