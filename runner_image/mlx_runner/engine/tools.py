@@ -8,6 +8,7 @@ from typing import Any
 from mlx_runner.channel import ToolCall
 
 from .grammar import Grammars
+from .schemas import moved
 from .text import ToolFormat
 
 Tool = Mapping[str, Any]
@@ -70,8 +71,9 @@ def _mistral(start: str, _: str, call: dict[str, Any], many: bool) -> str:
     return f"start: {start} body\nbody: %json {_json(calls)}\n"
 
 
-_WRITERS: Mapping[str, _Writer] = {"json_tools": _json_tools, "mistral": _mistral}
-"""By the name of mlx-lm's parser. The others write no JSON that a schema could describe."""
+_WRITERS: Mapping[str, tuple[_Writer, str]] = {"json_tools": (_json_tools, "#"), "mistral": (_mistral, "#/items")}
+"""By the name of mlx-lm's parser, with the place of a call in the schema. The others write no JSON that a schema could
+describe."""
 
 
 def forcible(form: ToolFormat) -> bool:
@@ -86,16 +88,21 @@ def forced(grammars: Grammars, form: ToolFormat, tools: Sequence[Tool], *, many:
         GrammarError: the model's tokenizer is none that structured output works with.
     """
     start, end = (grammars.literal(marker, token_of(marker)) for marker in (form.start, form.end))
-    calls = [_call(tool["function"]) for tool in tools]
-    return _WRITERS[form.name](start, end, calls[0] if len(calls) == 1 else {"anyOf": calls}, many)
+    write, place = _WRITERS[form.name]
+    functions = [tool["function"] for tool in tools]
+    if len(functions) == 1:
+        return write(start, end, _call(functions[0], place), many)
+    calls = [_call(function, f"{place}/anyOf/{number}") for number, function in enumerate(functions)]
+    return write(start, end, {"anyOf": calls}, many)
 
 
-def _call(function: Mapping[str, Any]) -> dict[str, Any]:
+def _call(function: Mapping[str, Any], place: str) -> dict[str, Any]:
+    parameters = function.get("parameters") or {"type": "object", "properties": {}}
     return {
         "type": "object",
         "properties": {
             "name": {"const": function["name"]},
-            "arguments": function.get("parameters") or {"type": "object", "properties": {}},
+            "arguments": moved(parameters, f"{place}/properties/arguments"),
         },
         "required": ["name", "arguments"],
         "additionalProperties": False,
