@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from mlx_operator_api.runner import SERVING
 from mlx_operator_api.tasks import HEARTBEAT_SECONDS, RunnerReport, TaskRequest
 
-from .http import SlowClientError, read_body, write
+from .http import BodyError, SlowClientError, read_body, write
 from .metrics import Metrics
 from .supervisor import BadTaskError, StaleLeaderError, Supervisor
 from .tokens import Strangers, authorized
@@ -80,6 +80,8 @@ class Control:
             return _refused(400, f"the task cannot be decoded: {where}: {first['msg']}")
         except BadTaskError as error:
             log.warning("%s refused: %s", task.task.name, error)
+            return _refused(400, str(error))
+        except BodyError as error:
             return _refused(400, str(error))
         except StaleLeaderError as error:
             log.warning("%s refused: %s", task.task.name, error)

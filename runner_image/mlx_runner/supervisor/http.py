@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from aiohttp import web
@@ -14,6 +15,8 @@ IDLE_SECONDS = 75.0
 """From the end of an answer to the end of the next request's headers."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _CLOSE_SECONDS = 1.0
+_WINDOW_BITS = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
+"""What bodies may be compressed with, as zlib takes it. Some clients send `deflate` without zlib's header."""
 _HEADER_BYTES = 16 * 1024
 
 
@@ -21,18 +24,47 @@ class SlowClientError(Exception):
     """The client did not send, or take, its bytes in time."""
 
 
+class BodyError(Exception):
+    """The body is not what its headers say; the text is for the client."""
+
+
 async def read_body(request: web.Request) -> bytes:
-    """The body.
+    """The body, decompressed.
 
     Raises:
         SlowClientError: it did not arrive in time.
-        web.HTTPRequestEntityTooLarge: it is larger than the application's limit.
+        BodyError: it is not what its headers say.
+        web.HTTPRequestEntityTooLarge: it is larger than the application's limit, as it was sent or decompressed.
     """
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            return await request.read()
+            sent = await request.read()
     except TimeoutError as error:
         raise SlowClientError(f"the body did not arrive within {BODY_SECONDS:g} s") from error
+    except web.RequestPayloadError as error:
+        raise BodyError(f"the body cannot be read: {' '.join(str(error).split())}") from error
+    return _decompressed(sent, request.headers.get("Content-Encoding", "identity"), request.client_max_size)
+
+
+def _decompressed(sent: bytes, header: str, limit: int) -> bytes:
+    encoding = header.strip().lower()
+    if encoding == "identity":
+        return sent
+    if encoding not in _WINDOW_BITS:
+        known = ", ".join(_WINDOW_BITS)
+        raise BodyError(f"Content-Encoding {header!r} is not supported: send the body as it is, or as {known}")
+    raw = encoding == "deflate" and sent[:1] and sent[0] & 0x0F != zlib.DEFLATED
+    stream = zlib.decompressobj(-zlib.MAX_WBITS if raw else _WINDOW_BITS[encoding])
+    try:
+        body = stream.decompress(sent, limit + 1)
+    except zlib.error as error:
+        raise BodyError(f"the body is no {encoding}, as Content-Encoding says: {error}") from error
+    if len(body) > limit:
+        raise web.HTTPRequestEntityTooLarge(limit)
+    if not stream.eof or stream.unused_data:
+        what = "it ends too early" if not stream.eof else "more follows its end"
+        raise BodyError(f"the body is no {encoding}, as Content-Encoding says: {what}")
+    return body
 
 
 async def write(response: web.StreamResponse, data: bytes) -> None:
@@ -101,6 +133,7 @@ async def serving(
         max_line_size=_HEADER_BYTES,
         max_field_size=_HEADER_BYTES,
         keepalive_timeout=IDLE_SECONDS,
+        auto_decompress=False,  # what cannot be decompressed would be answered before any handler of ours
     )
     await runner.setup()
     make = runner.server

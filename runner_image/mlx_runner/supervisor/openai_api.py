@@ -1,5 +1,6 @@
 """The public API on rank 0: OpenAI's endpoints that generate text, plain and as a stream, and what belongs to them."""
 
+import logging
 import time
 import uuid
 from typing import Any
@@ -12,7 +13,7 @@ from . import json_values, openapi
 from .api_keys import ApiKeys
 from .control import readiness
 from .generation import admission, generate
-from .http import SlowClientError, read_body
+from .http import BodyError, SlowClientError, read_body
 from .metrics import Metrics
 from .openai_chat import ChatRequest, parse_chat
 from .openai_errors import ApiError
@@ -24,6 +25,8 @@ from .questions import Question, QuestionLostError
 from .response_shapes import Response
 from .supervisor import Supervisor
 from .tickets import NOT_READY
+
+log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
 _PROTECTED = ("/v1/", "/tokenize", "/detokenize")
@@ -164,8 +167,16 @@ class PublicApi:
             response = error.response()
         except SlowClientError as error:
             response = ApiError(408, str(error), code="timeout").response()
+        except BodyError as error:
+            response = ApiError(400, str(error), code="invalid_body").response()
         except web.HTTPException as error:
             response = _http_error(request, error).response()
+        except Exception:
+            log.exception("a bug: %s %s", request.method, request.path)
+            if request.writer.output_size:
+                raise  # an answer has begun: there cannot be another one
+            message = "the runner failed at this request: its log says where"
+            response = ApiError(500, message, code=channel.INTERNAL_ERROR).response()
         self._metrics.http_requests.labels(endpoint, str(response.status)).inc()
         if self._supervisor.machine.report.draining and not response.prepared:
             response.force_close()  # the client's next request should find another pod
