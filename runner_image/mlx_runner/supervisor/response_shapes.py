@@ -9,30 +9,32 @@ from mlx_runner import channel
 from .openai_errors import ApiError
 from .openai_responses import ResponsesRequest
 from .openai_shapes import Json, Row
+from .response_items import Item, ItemRow
 
 _PARTS = {"reasoning": "reasoning_text", "message": "output_text"}
 
 
 class Response:
-    """One response: reasoning and a message are its items; a `Shape`."""
+    """One response: reasoning and messages are its items; a `Shape`."""
 
     done = b""
 
     def __init__(self, asked: ResponsesRequest) -> None:
         self.id = f"resp_{uuid.uuid4().hex}"
-        self.rows = [Row()]
+        self._row = ItemRow(key=self.id.removeprefix("resp_"))
+        self.rows: list[Row] = [self._row]
         self._asked = asked
         self._created = int(time.time())
         self._sequence = 0
-        self._open: str | None = None
-        self._count = 0
+        self._open: Item | None = None
 
     # -- the whole
     def whole(self) -> Json:
         """The answer in one piece."""
-        row = self.rows[0]
-        cut = row.finish_reason == "length"
-        return self._response("incomplete" if cut else "completed", self._items(row), row.finished)
+        self._row.end()
+        cut = self._row.finish_reason == "length"
+        output = [item.json() for item in self._row.items]
+        return self._response("incomplete" if cut else "completed", output, self._row.finished)
 
     def _response(self, status: str, output: list[Json], finished: channel.Finished | None = None) -> Json:
         asked = self._asked
@@ -65,18 +67,6 @@ class Response:
         form = self._asked.text.format if self._asked.text else None
         return {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
 
-    def _items(self, row: Row) -> list[Json]:
-        texts = [("reasoning", row.reasoning), ("message", row.text)]
-        status = "incomplete" if row.finish_reason == "length" else "completed"
-        kept = [(kind, text) for kind, text in texts if text or kind == "message"]
-        return [self._item(kind, number, status, [_part(kind, text)]) for number, (kind, text) in enumerate(kept)]
-
-    def _item(self, kind: str, number: int, status: str, content: list[Json]) -> Json:
-        prefix = "rs" if kind == "reasoning" else "msg"
-        extra: Json = {"summary": []} if kind == "reasoning" else {"role": "assistant"}
-        item_id = f"{prefix}_{self.id.removeprefix('resp_')}_{number}"
-        return {"id": item_id, "type": kind, "status": status, **extra, "content": content}
-
     # -- as a stream
     def opening(self) -> list[Json]:
         """The response exists."""
@@ -84,17 +74,11 @@ class Response:
 
     def chunk(self, number: int, delta: channel.Delta) -> list[Json]:
         """Reasoning and text, each in an item of its own."""
-        self.rows[number].add(delta)
-        events: list[Json] = []
-        for kind, text in (("reasoning", delta.reasoning), ("message", delta.text)):
-            if text and not (kind == "reasoning" and self._open == "message"):
-                events += self._ensure(kind)
-                events.append(self._part_event(f"{_PARTS[kind]}.delta", kind, delta=text))
-        return events
+        return self._tell(self._row.take(delta))
 
     def closing(self, number: int) -> list[Json]:
-        """The end of the message; there is one, also where it is empty."""
-        return [*self._ensure("message"), *self._close()]
+        """The end of the last item."""
+        return [*self._tell(self._row.end()), *self._close()]
 
     def ending(self) -> list[Json]:
         """The whole response once more."""
@@ -110,48 +94,41 @@ class Response:
         self._sequence += 1
         return event
 
-    def _part_event(self, kind: str, item: str, **fields: Any) -> Json:
-        number = self._count - 1
-        item_id = self._item(item, number, "", [])["id"]
-        extra: Json = {"logprobs": []} if kind.startswith("output_text") else {}
-        where = {"item_id": item_id, "output_index": number, "content_index": 0}
-        return self._event(f"response.{kind}", **where, **extra, **fields)
+    def _tell(self, pieces: list[tuple[Item, str]]) -> list[Json]:
+        """Text of items; where one begins, the one before it ends."""
+        events: list[Json] = []
+        for item, text in pieces:
+            if item is not self._open:
+                events += [*self._close(), *self._begin(item)]
+            if text:
+                events.append(self._part_event(item, f"{_PARTS[item.kind]}.delta", delta=text))
+        return events
 
-    def _ensure(self, kind: str) -> list[Json]:
-        """Begin an item where it is not open; the one before it ends."""
-        if self._open == kind:
-            return []
-        events = self._close()
-        self._open, self._count = kind, self._count + 1
-        item = self._item(kind, self._count - 1, "in_progress", [])
+    def _begin(self, item: Item) -> list[Json]:
+        self._open = item
+        begun = Item(item.kind, item.id, item.number)
         return [
-            *events,
-            self._event("response.output_item.added", output_index=self._count - 1, item=item),
-            self._part_event("content_part.added", kind, part=_part(kind, "")),
+            self._event("response.output_item.added", output_index=item.number, item=begun.json()),
+            self._part_event(item, "content_part.added", part=item.part("")),
         ]
 
     def _close(self) -> list[Json]:
-        if self._open is None:
+        if (item := self._open) is None:
             return []
-        kind, number, row = self._open, self._count - 1, self.rows[0]
         self._open = None
-        text = row.reasoning if kind == "reasoning" else row.text
-        status = "incomplete" if kind == "message" and row.finish_reason == "length" else "completed"
-        item = self._item(kind, number, status, [_part(kind, text)])
         return [
-            self._part_event(f"{_PARTS[kind]}.done", kind, text=text),
-            self._part_event("content_part.done", kind, part=_part(kind, text)),
-            self._event("response.output_item.done", output_index=number, item=item),
+            self._part_event(item, f"{_PARTS[item.kind]}.done", text=item.text),
+            self._part_event(item, "content_part.done", part=item.part(item.text)),
+            self._event("response.output_item.done", output_index=item.number, item=item.json()),
         ]
+
+    def _part_event(self, item: Item, kind: str, **fields: Any) -> Json:
+        extra: Json = {"logprobs": []} if kind.startswith("output_text") else {}
+        where = {"item_id": item.id, "output_index": item.number, "content_index": 0}
+        return self._event(f"response.{kind}", **where, **extra, **fields)
 
 
 _BEGINNINGS = ("created", "in_progress")
-
-
-def _part(kind: str, text: str) -> Json:
-    if kind == "reasoning":
-        return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def _usage(finished: channel.Finished) -> Json:
