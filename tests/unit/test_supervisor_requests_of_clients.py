@@ -125,6 +125,23 @@ def test_anything_else_is_refused_by_the_name_of_its_field(field: str, value: ob
     assert field in message
 
 
+@pytest.mark.parametrize("name", ["foo-bar", "Foo", "int", "list", "top_k ", "", "NamedTool"])
+def test_an_unknown_field_is_told_by_the_name_that_was_sent(name: str) -> None:
+    param, code, message = refusal({**CHAT, name: 1})
+    assert (param, code) == (name, "unknown_parameter") and name in message
+    param, code, _ = refusal({**CHAT, "messages": [{"role": "user", "content": "x", name: 1}]})
+    assert (param, code) == (f"messages[0].{name}", "unknown_parameter")
+    choice = {"type": "function", "function": {"name": "f", name: 1}}
+    assert refusal({**CHAT, "tools": [TOOL], "tool_choice": choice})[0] == f"tool_choice.function.{name}"
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_the_name_of_whoever_speaks_is_for_the_template(role: str) -> None:
+    said = {"role": role, "content": "x", "name": "bob", **({"tool_call_id": "1"} if role == "tool" else {})}
+    (command,) = parse_chat({**CHAT, "messages": [said]}).rows("id")
+    assert command.messages == (said,)
+
+
 @pytest.mark.parametrize(
     ("message", "param", "code"),
     [

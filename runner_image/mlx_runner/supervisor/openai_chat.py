@@ -103,7 +103,7 @@ class Message(Strict):
             plain["tool_calls"] = [call.plain() for call in self.tool_calls]
         if self.tool_call_id is not None:
             plain["tool_call_id"] = self.tool_call_id
-        if self.name is not None and self.role == "tool":
+        if self.name is not None:
             plain["name"] = self.name
         return plain
 

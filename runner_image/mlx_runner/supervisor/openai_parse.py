@@ -70,13 +70,19 @@ def _same(value: object, neutral: object) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
+_NAMED = frozenset({"extra_forbidden", "missing"})
+"""Complaints about a field by its name, which ends their location: any text may be the name of an unknown one."""
+
+
 def _api_error(error: ValidationError) -> ApiError:
     # Of a union every branch complains; the deepest complaint is about the branch that was meant.
     first = max(error.errors(), key=lambda one: len(one["loc"]))
     # A union's branches are parts of the location; a client knows only the names and indices it sent.
-    parts = [p for p in first["loc"] if isinstance(p, int) or (p.isidentifier() and not _branch(p))]
+    named = len(first["loc"]) - (first["type"] in _NAMED)
+    parts = [p for p in first["loc"][:named] if isinstance(p, int) or (p.isidentifier() and not _branch(p))]
+    parts += first["loc"][named:]
     parts += [first["ctx"]["field"]] if "field" in first.get("ctx", {}) else []
-    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".") or "body"
+    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".") if parts else "body"
     match first["type"]:
         case "extra_forbidden":
             return ApiError(400, f"unrecognized request argument: {where}", code="unknown_parameter", param=where)
