@@ -351,6 +351,38 @@ def test_a_chat_without_a_template_is_told_what_to_use() -> None:
     assert refused.param == "messages" and "/v1/completions" in refused.message
 
 
+class Larger(Bytes):
+    """A tokenizer with one token more than the model has."""
+
+    has_chat_template = True
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [300 if letter == "!" else ord(letter) for letter in text]
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], **_: Any) -> list[int]:
+        return self.encode(messages[0]["content"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        (Generate(id="r", prompt="a!"), "prompt"),
+        (Generate(id="r", messages=({"role": "user", "content": "a!"},)), "messages"),
+        (Generate(id="r", prompt=(97, 300)), "prompt"),
+        (Tokenize(id="r", prompt="a!"), "prompt"),
+    ],
+)
+def test_a_token_that_the_model_does_not_have_is_refused_wherever_it_comes_from(
+    asked: Generate | Tokenize, param: str
+) -> None:
+    desk = Desk(tokenizer=Tokenizer(Larger(), 257, frozenset({EOS})))
+    desk.requests.handle(asked)
+    (refused,) = desk.said
+    assert isinstance(refused, Refused)
+    assert (refused.status, refused.param) == (400, param)
+    assert "300" in refused.message and "257" in refused.message
+
+
 def test_what_the_tokenizer_chokes_on_is_the_clients_mistake() -> None:
     def choke(text: str) -> list[int]:
         raise UnicodeEncodeError("utf-8", text, 0, 1, "surrogates not allowed")

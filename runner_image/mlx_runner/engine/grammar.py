@@ -24,11 +24,26 @@ class GrammarError(Exception):
 class Grammars:
     """Compiles grammars for one tokenizer."""
 
-    def __init__(self, tokenizer: Callable[[], str | None], vocabulary: int, eos: frozenset[int]) -> None:
-        """`tokenizer`: gives the text of tokenizer.json; None where the model has no such tokenizer."""
+    def __init__(
+        self,
+        tokenizer: Callable[[], str | None],
+        vocabulary: int,
+        eos: frozenset[int],
+        *,
+        ids: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """For a model with a `vocabulary` of so many tokens.
+
+        Args:
+            tokenizer: gives the text of tokenizer.json; None where the model has no such tokenizer.
+            vocabulary: of the model.
+            eos: tokens that end an answer.
+            ids: gives the number of the tokenizer's token ids, which may be more than the model's.
+        """
         self._serialized = tokenizer
         self._size = vocabulary
         self._eos = sorted(eos)
+        self._ids = ids
 
     @functools.cached_property
     def _tokenizer(self) -> "LLTokenizer":
@@ -37,8 +52,11 @@ class Grammars:
         text = self._serialized()
         if text is None:
             raise GrammarError("this model's tokenizer is none that structured output works with")
-        # Without eos_token it would take the first token with a name of that kind, which is not the model's.
-        return LLTokenizer(text, n_vocab=self._size, eos_token=self._eos)
+        try:
+            # Without eos_token it would take the first token with a name of that kind, which is not the model's.
+            return LLTokenizer(text, n_vocab=max(self._size, self._ids()), eos_token=self._eos)
+        except ValueError as error:
+            raise GrammarError(f"structured output does not work with this model's tokenizer: {error}") from error
 
     def json(self, schema: Mapping[str, Any], after: Sequence[int] = ()) -> "Matcher":
         """JSON that follows a schema; restricts nothing before the tokens `after` have come.
@@ -78,9 +96,12 @@ class Grammars:
 
 
 class Matcher:
-    """The state of one answer's grammar; a `sampler.Constraint`."""
+    """The state of one answer's grammar; a `sampler.Constraint`. It belongs to the thread that uses it."""
 
     def __init__(self, matcher: "LLMatcher", after: Sequence[int] = ()) -> None:
+        self.error: str | None = None
+        """Why the library gave up, such as a grammar too complex for its limits. Any thread may read it: the library
+        itself fails when it is asked while another thread computes."""
         self._matcher = matcher
         self._after = tuple(after)
         self._before: list[int] = []
@@ -96,14 +117,10 @@ class Matcher:
         """Whether nothing can follow."""
         return not self._after and self._matcher.is_stopped()
 
-    @property
-    def error(self) -> str | None:
-        """Why the library gave up, such as a grammar too complex for its limits."""
-        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
-
     def allowed(self, vocabulary: int) -> Any:
         """A numpy array of booleans, one for each token id; those beyond the tokenizer's are not allowed."""
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        self._note_error()
         mask = np.zeros(vocabulary, dtype=bool)
         count = min(vocabulary, len(bits))
         mask[:count] = bits[:count]
@@ -116,10 +133,15 @@ class Matcher:
         if not self._after:
             if not self._matcher.is_stopped():
                 self._matcher.consume_token(token)
+                self._note_error()
             return
         self._before = [*self._before, token][-len(self._after) :]
         if tuple(self._before) == self._after:
             self._after = ()
+
+    def _note_error(self) -> None:
+        if self._matcher.is_error():
+            self.error = _first_line(self._matcher.get_error())
 
 
 def _first_line(text: str) -> str:

@@ -55,7 +55,7 @@ class Preparer:
     def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
         self.limits = limits
         self._tokenizer = tokenizer
-        self._grammars = Grammars(tokenizer.serialized, tokenizer.vocabulary, tokenizer.eos)
+        self._grammars = Grammars(tokenizer.serialized, tokenizer.vocabulary, tokenizer.eos, ids=tokenizer.ids)
 
     def prepare(self, request: Generate) -> Prepared:
         """Check a request and turn it into tokens.

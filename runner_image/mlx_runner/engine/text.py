@@ -89,7 +89,8 @@ class Tokenizer:
         """Token ids of a conversation, ready for the answer.
 
         Raises:
-            PromptError: the model has no chat template, or its template does not take these messages.
+            PromptError: the model has no chat template, its template does not take these messages, or they hold tokens
+                that the model does not have.
         """
         if not self._wrapped.has_chat_template:
             raise PromptError("this model has no chat template: use /v1/completions", param="messages")
@@ -101,25 +102,26 @@ class Tokenizer:
         except Exception as error:
             first = str(error).strip().split("\n")[0]
             raise PromptError(f"the model's chat template refused the messages: {first}", param="messages") from error
+        self.check(ids, "messages")
         return tuple(ids)
 
     def complete(self, prompt: str | tuple[int, ...], *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a completion's prompt.
 
         Raises:
-            PromptError: it holds token ids that the model does not have.
+            PromptError: it holds tokens that the model does not have.
         """
         if isinstance(prompt, str):
             given = {} if add_special_tokens else {"add_special_tokens": False}
             try:
-                return tuple(self._wrapped.encode(prompt, **given))
+                prompt = tuple(self._wrapped.encode(prompt, **given))
             except Exception as error:  # half a surrogate pair, for one: the client's mistake
                 raise PromptError(f"the prompt cannot be tokenized: {error}", param="prompt") from error
         self.check(prompt, "prompt")
         return prompt
 
     def check(self, tokens: Iterable[int], param: str) -> None:
-        """Whether the model has these tokens.
+        """Whether the model has these tokens; a tokenizer may have more than the model.
 
         Raises:
             PromptError: it has not.
@@ -138,6 +140,10 @@ class Tokenizer:
         """The token that a text is by itself, if it is one."""
         found = self._wrapped.get_vocab().get(text)
         return None if found is None else int(found)
+
+    def ids(self) -> int:
+        """One more than its highest token id."""
+        return _ids(self._wrapped)
 
     def serialized(self) -> str | None:
         """The text of its tokenizer.json; None where it has none."""
@@ -167,12 +173,16 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> Tokenizer:
     added = getattr(wrapped, "added_tokens_decoder", {})
     return Tokenizer(
         wrapped,
-        int(config.get("vocab_size") or len(wrapped)),
+        int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or _ids(wrapped)),
         frozenset(int(token) for token in wrapped.eos_token_ids),
         special=frozenset(wrapped.all_special_ids) | {token for token, said in added.items() if said.special},
         thinking=_thinking(wrapped),
         tools=_tools(wrapped),
     )
+
+
+def _ids(wrapped: Any) -> int:
+    return max((int(token) for token in wrapped.get_vocab().values()), default=-1) + 1
 
 
 def _thinking(wrapped: Any) -> Thinking | None:
