@@ -104,6 +104,9 @@ class Generate(Lenient):
     resume: tuple[int, ...] = ()
     """Token ids of the answer that an engine gave before it was lost: the answer goes on after them, in the next
     `Delta`. They count in `Finished`."""
+    accepted: bool = False
+    """A lost engine had accepted it, with these `max_tokens`: a context that follows from memory, which is measured
+    anew at each load, refuses and cuts it no more."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """By token id."""
     presence_penalty: float = 0.0
@@ -225,6 +228,8 @@ class Accepted(Lenient):
     kind: Literal["Accepted"] = "Accepted"
     id: str
     prompt_tokens: int
+    max_tokens: int | None = None
+    """Of the answer, as it was decided: a request that another engine goes on with keeps them."""
 
 
 class Refused(Lenient):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_operator_api.tasks import Sharding
 from mlx_runner import channel
 from mlx_runner.channel import (
     Accepted,
@@ -17,6 +18,7 @@ from mlx_runner.channel import (
     Event,
     Finished,
     Generate,
+    Load,
     Refused,
     Tokenize,
     Tokenized,
@@ -121,7 +123,7 @@ class Desk:
 def test_a_request_becomes_a_row_and_its_tokens_text() -> None:
     desk = Desk()
     desk.ask(max_tokens=9, temperature=0.5, top_p=0.9, seed=3)
-    assert desk.said == [Accepted(id="r", prompt_tokens=3)]
+    assert desk.said == [Accepted(id="r", prompt_tokens=3, max_tokens=9)]
     (row,) = desk.submitted
     assert row == Row(1, tuple(b"abc"), 9, RowSampler(Parameters(0.5, 0.9, seed=3), position=3))
     desk.answer(*"né".encode(), EOS, finish="stop")
@@ -309,7 +311,7 @@ def test_the_row_of_a_resumed_answer_begins_after_the_tokens_that_were_given() -
     desk.ask(max_tokens=9, seed=3, resume=tuple(b"xy"))
     sampler = RowSampler(Parameters(1.0, seed=3), position=5)
     assert desk.submitted == [Row(1, tuple(b"abcxy"), 9, sampler, given=2)]
-    assert desk.said == [Accepted(id="r", prompt_tokens=3)], "what the client has is not said again"
+    assert desk.said == [Accepted(id="r", prompt_tokens=3, max_tokens=9)], "what the client has is not said again"
 
 
 def test_more_tokens_than_the_limit_of_the_next_epoch_allows_end_the_answer_and_count() -> None:
@@ -317,6 +319,32 @@ def test_more_tokens_than_the_limit_of_the_next_epoch_allows_end_the_answer_and_
     desk.ask(resume=tuple(b"wxyz"))
     assert not desk.submitted
     assert desk.said[-1] == Finished(id="r", finish_reason="length", prompt_tokens=3, completion_tokens=4)
+
+
+def test_what_an_engine_accepted_is_not_refused_by_the_next_that_has_less_memory() -> None:
+    first = Desk(measured=True)
+    first.ask()
+    (accepted,) = first.said
+    assert accepted == Accepted(id="r", prompt_tokens=3, max_tokens=97)
+    for resume in ((), tuple(b"xy")):
+        less = Desk(measured=True, context=90)
+        less.ask(max_tokens=97, accepted=True, resume=resume)
+        (row,) = less.submitted
+        assert isinstance(row, Row)
+        assert (row.max_tokens, row.given, less.said) == (97, len(resume), [accepted])
+    new = Desk(measured=True, context=90)
+    new.ask(max_tokens=97)
+    shortened = Desk(context=90)  # by whoever wrote the spec: with memory for no more
+    shortened.ask(max_tokens=97, accepted=True)
+    assert [type(event) for event in (*new.said, *shortened.said)] == [Refused, Refused]
+
+
+def test_a_context_is_measured_where_the_spec_does_not_say_it() -> None:
+    load = Load(
+        path="/model", served_name="m", rank=0, world_size=1, sharding=Sharding.PIPELINE, max_concurrent_requests=1
+    )
+    assert Limits.of(load, 100) == Limits(100, None, measured=True)
+    assert Limits.of(load.model_copy(update={"context_length": 50}), 100) == Limits(50, None)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,28 @@ async def test_a_lost_engine_costs_nobody_the_answer_and_the_next_epoch_serves_a
     assert everything(tickets[0]) == [Paused(0)]
 
 
+async def test_the_next_engine_is_told_what_the_first_one_accepted(broker: Broker, engine: Engine) -> None:
+    broker.open(engine.send, ServingOptions(max_concurrent_requests=3))
+    for number in range(3):
+        broker.enter(generate(number))
+    for number in (1, 2):
+        broker.deliver(accepted(number).model_copy(update={"max_tokens": 40 + number}))
+    broker.deliver(delta(2, 7))
+    for _ in range(2):
+        broker.lose("killed from outside", own_doing=False)
+        successor = Engine()
+        broker.open(successor.send, ServingOptions(max_concurrent_requests=3))
+        told = [(command.resume, command.max_tokens, command.accepted) for command in successor.commands]
+        assert told == [((), None, False), ((), 41, True), ((7,), 42, True)]
+        for number in (1, 2):
+            broker.deliver(accepted(number).model_copy(update={"max_tokens": 5}))
+    # Another model under the same name has limits of its own.
+    broker.lose("killed from outside", own_doing=False)
+    successor = Engine()
+    broker.open(successor.send, ServingOptions(max_concurrent_requests=3), model=ServedModel("", "hf://other/one"))
+    assert [(command.max_tokens, command.accepted) for command in successor.commands] == [(None, False)] * 2
+
+
 async def test_a_request_goes_on_over_any_number_of_lost_engines(broker: Broker, engine: Engine) -> None:
     broker.open(engine.send, ServingOptions())
     ticket = broker.enter(generate(0))

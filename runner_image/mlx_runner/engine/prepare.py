@@ -26,11 +26,14 @@ class Limits:
 
     context: int
     answer: int | None
+    measured: bool = False
+    """The context follows from the memory that there was at this load."""
 
     @classmethod
     def of(cls, load: Load, model_context: int) -> "Limits":
         """What the spec says, or the model's own limit."""
-        return cls(load.context_length or model_context, load.max_tokens)
+        measured = load.context_length is None
+        return cls(load.context_length or model_context, load.max_tokens, measured)
 
     def max_tokens(self, asked: int | None, prompt: int) -> int:
         """Tokens of an answer: what was asked for or fits, up to the limit."""
@@ -130,7 +133,9 @@ class Preparer:
             raise PromptError(f"{param} holds no text: at least one token is needed", param=param)
         max_tokens = self.limits.max_tokens(request.max_tokens, len(prompt))
         needed, context = len(prompt) + max_tokens, self.limits.context
-        if needed > context or max_tokens < 1:
+        # One row has its place whatever it takes (`Scheduler._fits`), and this one had it in the same memory before.
+        kept = request.accepted and self.limits.measured
+        if (needed > context and not kept) or max_tokens < 1:
             asked = f"{max_tokens} in the answer" if max_tokens > 0 else "at least one in the answer"
             raise PromptError(
                 f"the model's context holds {context} tokens; this request needs {len(prompt)} in the {param} "

@@ -146,7 +146,7 @@ class Requests:
     def _generate(self, request: Generate, prepared: Prepared) -> None:
         prompt, uid = prepared.prompt, next(self._uids)
         self._answers[uid] = _Answer(request.id, len(prompt), prepared.text, prepared.grammar)
-        self._say(Accepted(id=request.id, prompt_tokens=len(prompt)))
+        self._say(Accepted(id=request.id, prompt_tokens=len(prompt), max_tokens=prepared.max_tokens))
         ended = self._replay(prepared, request.resume)
         if ended is not None:
             self._finish(Emission(uid), self._answers[uid], ended)

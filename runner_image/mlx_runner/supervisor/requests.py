@@ -188,6 +188,8 @@ class Broker:
             return
         match event:
             case channel.Accepted():
+                if ticket.max_tokens is None:
+                    ticket.max_tokens = event.max_tokens
                 if not ticket.begun:
                     ticket.prompt_tokens = event.prompt_tokens
                     self.observer.accepted(ticket, event.prompt_tokens)
@@ -277,7 +279,8 @@ class Broker:
         return self._waiting.popleft()
 
     def _dispatched(self, ticket: Ticket) -> None:
-        ticket.model = self._model
+        if ticket.model != self._model:
+            ticket.model, ticket.max_tokens = self._model, None
         if ticket.dispatched.done():
             log.info("request %s goes on after %d tokens", ticket.command.id, len(ticket.tokens))
             self.observer.resumed(ticket)

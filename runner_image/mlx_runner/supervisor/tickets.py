@@ -83,6 +83,8 @@ class Ticket:
     """What the last engine that had it served."""
     prompt_tokens: int | None = None
     """Known once an engine has begun with it: told only once."""
+    max_tokens: int | None = None
+    """Of its answer, as the first engine with this model decided."""
     tokens: list[int] = field(default_factory=list)
     """Ids that the client has the text of, from whatever engine."""
     proven: bool = False
@@ -103,8 +105,10 @@ class Ticket:
         return self.prompt_tokens is not None
 
     def resumed(self) -> channel.Generate:
-        """The command for the next engine: it goes on where the last one was lost."""
-        return self.command.model_copy(update={"resume": tuple(self.tokens)}) if self.tokens else self.command
+        """The command for the next engine: it goes on where the last one was lost, with what the first one granted."""
+        granted = {} if self.max_tokens is None else {"max_tokens": self.max_tokens, "accepted": True}
+        given = {"resume": tuple(self.tokens)} if self.tokens else {}
+        return self.command.model_copy(update={**granted, **given}) if granted or given else self.command
 
     def stop_timer(self) -> None:
         """No longer end it at its deadline."""
