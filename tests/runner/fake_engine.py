@@ -169,7 +169,9 @@ class FakeEngine:
                 case b"w":
                     self.warm.set()
                 case b"s":
-                    self.progress.write(Phase.IDLE, steps=1)
+                    self.progress.write(Phase.WAITING, waiting_for=0, steps=1)
+                case b"i":
+                    self.progress.write(Phase.IDLE)
                 case b"g":
                     os._exit(0)
                 case _:
@@ -227,11 +229,14 @@ class FakeEngine:
                 break
             self.progress.write(Phase.COMPUTING, steps=1, tokens=1)
             self.tell_all(b"s")
+            if self.peers:
+                self.progress.write(Phase.WAITING, waiting_for=self.world_size - 1)
             time.sleep(float(today.get("token_seconds", 0.001)))
             word = ANSWER[index % len(ANSWER)]
             self.say(channel.Delta(id=command.id, text=word if index == 0 else f" {word}", tokens=(index,)))
             done += 1
         self.progress.write(Phase.IDLE)
+        self.tell_all(b"i")
         self.say(
             channel.Finished(
                 id=command.id,

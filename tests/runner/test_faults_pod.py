@@ -21,6 +21,7 @@ from mlx_operator_api.tasks import (
     DeadlineSeconds,
     LoadModel,
     RunnerReport,
+    Shutdown,
     StartWarmup,
 )
 from mlx_runner.supervisor.watch import read_process
@@ -28,7 +29,7 @@ from tests.faults import Fault, Layer, declare, fault
 from tests.unit.scenes import ready, see
 
 from .faulting import answering, ask, engines_of, gone, heals, instance_of, met, send
-from .supervisors import FAKE_ENGINE, Group, group
+from .supervisors import FAKE_ENGINE, PATIENCE, Group, group
 
 S = RunnerState
 
@@ -273,7 +274,7 @@ async def test_a_clock_that_jumps_fails_nothing_and_deadlines_stay_what_they_are
 )
 
 
-@pytest.mark.parametrize("state", [state for state in S if state is not S.SHUTTING_DOWN], ids=str)
+@pytest.mark.parametrize("state", list(S), ids=str)
 async def test_sigterm_ends_the_pod_in_good_order_in_every_state(tmp_path: Path, state: RunnerState) -> None:
     async with led_to_state(tmp_path, state) as instance:
         pod = instance.pods[0]
@@ -307,14 +308,16 @@ async def led_to_state(home: Path, state: RunnerState) -> AsyncIterator[Group]:
             await pod.send(LoadModel())
             if state is not S.LOADING:
                 await pod.state(S.LOADED, 1)
-        if state in (S.WARMING_UP, S.READY, S.RUNNING, S.FAILED, S.SHUTDOWN):
+        if state in (S.WARMING_UP, S.READY, S.RUNNING, S.FAILED, S.SHUTTING_DOWN, S.SHUTDOWN):
             await pod.send(StartWarmup())
-        if state in (S.READY, S.RUNNING, S.FAILED, S.SHUTDOWN):
+        if state in (S.READY, S.RUNNING, S.FAILED, S.SHUTTING_DOWN, S.SHUTDOWN):
             await pod.state(S.READY, 1)
         if state is S.FAILED:
             os.kill(pod.engines()[0], signal.SIGKILL)
         if state is S.SHUTDOWN:
             await instance.shut_down()
-        async with answering(instance) if state is S.RUNNING else contextlib.nullcontext():
+        async with answering(instance) if state in (S.RUNNING, S.SHUTTING_DOWN) else contextlib.nullcontext():
+            if state is S.SHUTTING_DOWN:
+                await pod.send(Shutdown(grace_seconds=PATIENCE))
             await pod.state(state, 1)
             yield instance

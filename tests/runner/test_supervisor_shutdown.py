@@ -4,9 +4,11 @@ import asyncio
 import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from mlx_operator_api import names
@@ -116,6 +118,43 @@ async def test_a_drain_longer_than_its_grace_ends_the_request_honestly(tmp_path:
         assert await pod.exit_code() == 0
 
 
+async def test_a_drain_in_a_planned_shutdown_keeps_the_grace_that_was_promised(instance: Group) -> None:
+    pod = instance.pods[0]
+    pod.plan(tokens=20, token_seconds=0.1)
+    await instance.ready()
+    lines: list[str] = []
+    running = asyncio.create_task(events(pod, CHAT, lines))
+    await until(lambda: len(lines) >= 3, "three events")
+    await pod.send(Shutdown(grace_seconds=20.0))
+    await pod.state(S.SHUTTING_DOWN, 1)
+    os.kill(pod.pid, signal.SIGTERM)
+    await running
+    assert lines[-1] == "data: [DONE]"
+    assert text_of(lines) == " ".join(ANSWER[index % len(ANSWER)] for index in range(20))
+    assert await pod.exit_code() == 0
+    assert pod.report.state is S.SHUTDOWN
+
+
+@pytest.mark.parametrize(("planned", "pods"), [(1.0, 60.0), (60.0, 6.0)], ids=["of the task", "of the pod"])
+async def test_a_drain_in_a_planned_shutdown_ends_with_the_shorter_grace(
+    tmp_path: Path, planned: float, pods: float
+) -> None:
+    async with group(tmp_path, 1, MLX_RUNNER_GRACE_SECONDS=f"{pods:g}") as instance:
+        pod = instance.pods[0]
+        pod.plan(tokens=100_000, token_seconds=0.1)
+        await instance.ready()
+        running = asyncio.create_task(post(pod, CHAT))
+        await pod.state(S.RUNNING, 1)
+        await pod.send(Shutdown(grace_seconds=planned))
+        os.kill(pod.pid, signal.SIGTERM)
+        began = time.monotonic()
+        status, answer, _ = await running
+        assert (status, answer["error"]["code"]) == (503, "runner_failed")
+        assert await pod.exit_code() == 0
+        assert time.monotonic() - began < 20.0
+        assert pod.report.state is S.SHUTDOWN
+
+
 async def test_a_drain_ends_at_once_what_waits_for_the_next_epoch(instance: Group) -> None:
     pod = instance.pods[0]
     pod.plan(tokens=1000, token_seconds=0.05)
@@ -152,3 +191,35 @@ async def test_a_worker_keeps_serving_until_rank_0_says_goodbye(tmp_path: Path) 
         for pod in instance.pods:
             assert await pod.exit_code() == 0
             assert all(r.failure is None for r in pod.reports)
+
+
+async def test_a_worker_stays_while_its_engine_waits_for_a_slow_rank(tmp_path: Path) -> None:
+    async with group(tmp_path, 2) as instance:
+        first, worker = instance.pods
+        first.plan(tokens=2, token_seconds=7.0)
+        await instance.ready()
+        running = asyncio.create_task(post(first, CHAT))
+        await first.state(S.RUNNING, 1)
+        for pod in (worker, first):
+            os.kill(pod.pid, signal.SIGTERM)
+        status, answer, _ = await running
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 2)
+        for pod in instance.pods:
+            assert await pod.exit_code() == 0
+            assert all(r.failure is None for r in pod.reports)
+
+
+async def test_a_worker_that_waits_for_a_rank_0_that_is_gone_ends(tmp_path: Path) -> None:
+    async with group(tmp_path, 2) as instance:
+        first, worker = instance.pods
+        first.plan(tokens=100_000, token_seconds=0.05)
+        await instance.ready()
+        running = asyncio.create_task(post(first, CHAT))
+        await first.state(S.RUNNING, 1)
+        os.kill(worker.pid, signal.SIGTERM)
+        await worker.until(lambda r: r.draining, "draining")
+        for pid in (first.pid, *first.children()):
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(aiohttp.ClientError):
+            await running
+        assert await worker.exit_code() == 0

@@ -1,6 +1,7 @@
 """What the supervisor decides without any engine: whom it answers, and that its watch goes on."""
 
 import asyncio
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -91,3 +92,36 @@ async def test_tasks_of_its_own_protocol_and_the_one_before_are_understood(
     with pytest.raises(BadTaskError) as caught:
         supervisor.handle(strange)
     assert str(caught.value) == (words or "instanceUid 'other' is not this runner's: it is of 'mine'")
+
+
+class WaitedFor:
+    """An engine that was last heard of long ago."""
+
+    def __init__(self, phase: Phase) -> None:
+        self.ended = asyncio.Event()
+        self.looks = 0
+        self._last = Snapshot(5, 9, phase, 0, time.monotonic() - 60.0, rows=1)
+
+    async def wait(self) -> None:
+        await self.ended.wait()
+
+    @property
+    def progress(self) -> Snapshot:
+        self.looks += 1
+        return self._last
+
+
+@pytest.mark.parametrize("phase", list(Phase), ids=lambda phase: phase.name)
+async def test_only_a_worker_whose_engine_is_idle_for_long_serves_nobody(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, phase: Phase
+) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.001)
+    supervisor.machine._report = supervisor.machine.report.model_copy(update={"state": RunnerState.READY, "epoch": 1})
+    engine = WaitedFor(phase)
+    async with asyncio.timeout(30):
+        done = asyncio.create_task(supervisor._worker_done(cast(Runner, SimpleNamespace(engine=engine))))
+        while not done.done() and engine.looks < 10:  # noqa: ASYNC110 (a look has no event)
+            await asyncio.sleep(0.001)
+        assert done.done() is (phase is Phase.IDLE)
+        engine.ended.set()
+        await done

@@ -43,7 +43,7 @@ _EXIT_MARGIN_SECONDS = 5.0
 """Before the end of the grace period, where the kubelet sends SIGKILL."""
 _GOODBYE_SECONDS = 2.0
 _WORKER_QUIET_SECONDS = 5.0
-"""A worker whose engine has done nothing for this long after SIGTERM serves nobody."""
+"""A worker whose engine has been idle for this long after SIGTERM serves nobody."""
 
 
 class BadTaskError(ValueError):
@@ -248,7 +248,8 @@ class Supervisor:
         self.machine.drain()
         runner = self.runner
         if runner is not None and self.machine.state not in ENDED:
-            served = self.machine.state in SERVING
+            # A planned Shutdown promised its grace to what runs; at its end it takes those requests from the broker.
+            served = self.machine.state in SERVING or self.broker.active > 0
             if served:
                 await self._until_quiet(runner, grace)
             self.machine.shut_down(runner.epoch)
@@ -283,8 +284,10 @@ class Supervisor:
         try:
             while self.machine.state in SERVING:
                 done, _ = await asyncio.wait([end], timeout=POLL_SECONDS)
-                quiet = time.monotonic() - engine.progress.changed
-                if done or (quiet > _WORKER_QUIET_SECONDS and engine.progress.phase is not Phase.COMPUTING):
+                last = engine.progress
+                # One that waits has a request in work, however long another rank takes for its part.
+                idle = last.phase is Phase.IDLE and time.monotonic() - last.changed > _WORKER_QUIET_SECONDS
+                if done or idle:
                     return
         finally:
             end.cancel()
