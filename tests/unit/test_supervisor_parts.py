@@ -153,8 +153,9 @@ def test_what_is_no_runner_of_ours_is_not_inherited(tmp_path: Path) -> None:
     file.write(report(2, RunnerState.READY))
     assert file.predecessor("other", 0) is None
     assert file.predecessor("u", 1) is None
-    (tmp_path / "report.json").write_text('{"half": ')
-    assert file.predecessor("u", 0) is None
+    for damaged in (b'{"half": ', b"\xff\xfe{", b""):
+        (tmp_path / "report.json").write_bytes(damaged)
+        assert file.predecessor("u", 0) is None
 
 
 def test_a_supervisor_without_an_epoch_hands_its_own_inheritance_on(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class StateFile:
     def predecessor(self, instance_uid: str, rank: int) -> Predecessor | None:
         """What the predecessor last reported, if it had a runner that was not shut down."""
         try:
-            text = self._path.read_text()
+            text = self._path.read_bytes()
             written = datetime.fromtimestamp(self._path.stat().st_mtime, UTC)
         except FileNotFoundError:
             return None
