@@ -151,6 +151,18 @@ async def test_a_tag_or_branch_after_the_at_sign_is_resolved(pod: Pods, tmp_path
     assert found.facts.revision == commit
 
 
+@pytest.mark.parametrize("order", [("v1", "v1/x", "v1/x/y"), ("v1/x/y", "v1/x", "v1")], ids=["inwards", "outwards"])
+async def test_a_branch_whose_name_is_the_folder_of_another_is_fetched_too(
+    pod: Pods, model: Path, order: tuple[str, ...]
+) -> None:
+    """Not at once on a hub, but one after the other on a cache that stays."""
+    for name in order:
+        commit = repository(pod.hub).push(model, branch=name)
+        assert (await (await pod.start(source=f"{SOURCE}@{name}")).found()).facts.revision == commit
+    assert (pod.cache / "models--org--tiny/refs" / order[0]).read_text() == commit
+    assert not list((pod.cache / "models--org--tiny").rglob("*.new"))
+
+
 async def test_a_mirror_that_lists_names_only_is_asked_for_each_file(pod: Pods) -> None:
     whole = await (await pod.start()).found()
     pod.hub.metadata = False

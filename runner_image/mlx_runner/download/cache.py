@@ -25,6 +25,8 @@ from .files import write
 log = logging.getLogger(__name__)
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_NO_NAME = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+"""A branch is called as the folder of another one was, or too long for a file."""
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -64,12 +66,16 @@ class Cache:
         return self.folder / "blobs" / f"{etag}.incomplete"
 
     def remember(self, revision: str, commit: str) -> None:
-        """What a branch or tag stands for, for the hub's own tools."""
+        """What a branch or tag stands for, for the hub's own tools: nothing of ours needs it."""
         if ".." in revision.split("/") or revision.startswith("/"):
             return  # no branch is called so, and it would lead elsewhere
         path = self.folder / "refs" / revision
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, commit)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, commit)
+        except OSError as error:
+            if error.errno not in _NO_NAME:
+                raise
 
     def path(self, commit: str, name: str, etag: str) -> Path | None:
         """Where a file is: in its snapshot, or only as a blob of another commit; None where it is not."""
