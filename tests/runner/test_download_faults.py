@@ -174,6 +174,24 @@ async def test_a_wrong_token_is_told_apart_from_none(pod: Pods) -> None:
     assert "characters that no token has" in message
 
 
+async def test_the_password_of_a_mirror_is_used_and_never_told(pod: Pods, capfd: pytest.CaptureFixture[str]) -> None:
+    endpoint = {"HF_ENDPOINT": pod.hub.url.replace("://", "://robot:s3cret@")}
+    pod.hub.metadata = False
+    pod.hub.faults.append(Fault(kind=Kind.STATUS, status=503, path="/resolve/.*config.json", times=2))
+    await (await pod.start(environment=endpoint)).found()
+    to_hub = [request for request in pod.hub.served if not request.path.startswith("/cdn")]
+    to_storage = [request for request in pod.hub.served if request.path.startswith("/cdn")]
+    assert {request.authorization for request in to_hub} == {"Basic cm9ib3Q6czNjcmV0"}
+    assert {request.authorization for request in to_storage} == {None}
+    message = await (await pod.start(source=f"{SOURCE}@nope", environment=endpoint)).refused(Reason.MODEL_NOT_FOUND)
+    assert message.startswith(f"{SOURCE}@nope: {pod.hub.url} has no revision")
+    for wrong in ("ftp://robot:s3cret@x", "http://robot:s3cret#/@x", "http://robot:s3cret/@x", "http://robot:s3cret@"):
+        message = await (await pod.start(environment={"HF_ENDPOINT": wrong})).refused(Reason.MODEL_UNREACHABLE)
+        assert "HF_ENDPOINT" in message
+        assert "s3cret" not in message
+    assert "s3cret" not in "".join(capfd.readouterr())
+
+
 async def test_what_does_not_exist_is_named(pod: Pods) -> None:
     token = {"HF_TOKEN": "hf_mine"}
     message = await (await pod.start(source="hf://org/none", environment=token)).refused(Reason.MODEL_NOT_FOUND)

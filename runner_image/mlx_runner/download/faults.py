@@ -42,6 +42,7 @@ class Place:
     """Whom we ask, and for what; for messages."""
 
     endpoint: str
+    """Without user and password."""
     repository: str
     revision: str
     has_token: bool
@@ -65,7 +66,9 @@ def sorted_out(place: Place, subject: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _answered(error, place, subject) from error
     except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.LocalProtocolError) as error:
-        words = f"{place}: {place.endpoint} cannot be asked ({error}): is HF_ENDPOINT right?"
+        # What is wrong with an address is told with a piece of it, which may be one of the password.
+        why = "it is no valid address" if isinstance(error, httpx2.InvalidURL) else error
+        words = f"{place}: {place.endpoint} cannot be asked ({why}): is HF_ENDPOINT right?"
         raise ModelError(Reason.MODEL_UNREACHABLE, words) from error
     except httpx2.RequestError as error:
         if _untrusted(error):

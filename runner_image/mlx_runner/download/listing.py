@@ -12,7 +12,7 @@ from mlx_operator_api import names
 from mlx_operator_api.base import Lenient
 from mlx_operator_api.conditions import Reason
 
-from . import choice
+from . import choice, endpoint
 from .faults import Place, sorted_out
 from .result import ModelError
 
@@ -60,7 +60,7 @@ class Hub:
         self.repository = repository
         self.revision = revision or DEFAULT_REVISION
         self.token = os.environ.get(names.HUB_TOKEN_ENV, "").strip()
-        self.place = Place(constants.ENDPOINT, repository, self.revision, bool(self.token), field)
+        self.place = Place(endpoint.address(constants.ENDPOINT), repository, self.revision, bool(self.token), field)
         if self.token and not (self.token.isascii() and self.token.isprintable()):
             words = f"{self.place}: the token of spec.model.credentialsSecretRef has characters that no token has"
             raise ModelError(Reason.MODEL_UNAUTHORIZED, words)

@@ -6,7 +6,7 @@ from pathlib import Path
 from mlx_operator_api.source import SourceKind
 from mlx_operator_api.tasks import ModelFacts
 
-from . import adapter, places, result, verify
+from . import adapter, endpoint, places, result, verify
 from .report import Progress, Say
 from .request import Request
 
@@ -22,6 +22,7 @@ def work(request: Request, say: Say) -> result.Found:
     extra = _Adapter(request, progress, say) if request.adapter is not None else None
     model = None
     if source.kind is SourceKind.HUB:
+        endpoint.check()
         from .hub import Model  # only here: what is mounted needs no HTTP client
 
         model = Model(request, source, progress, say)
@@ -58,6 +59,7 @@ class _Adapter:
             self._source = source = places.parsed(request.adapter or "")
             self._hub = None
             if source.kind is SourceKind.HUB:
+                endpoint.check()
                 from .hub import Adapter  # as above
 
                 self._hub = Adapter(request, source, progress, say)
