@@ -161,9 +161,9 @@ class Pods:
         return Request.model_validate(known | fields)
 
     async def start(
-        self, *, environment: dict[str, str] | None = None, cache_size: int | None = None, **fields: Any
+        self, *, environment: dict[str, str] | None = None, cache_size: int | str | None = None, **fields: Any
     ) -> Download:
-        """A child in the environment that the supervisor gives it; `cache_size`: on a file system of that size."""
+        """A child in the environment that the supervisor gives it; `cache_size`: on a tmpfs of that size (of mount)."""
         prefix: tuple[str, ...] = ()
         if cache_size is not None:
             mount = f'mount -t tmpfs -o size={cache_size} none "{self.cache}" && exec "$@"'

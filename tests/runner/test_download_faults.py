@@ -263,6 +263,13 @@ async def test_a_file_system_that_fills_up_meanwhile_is_told(pod: Pods) -> None:
     assert message.endswith("more (No space left on device)")
 
 
+@pytest.mark.parametrize("inodes", [12, 14, 16, 18])
+async def test_a_file_system_without_room_for_another_file_is_told(pod: Pods, inodes: int) -> None:
+    message = await (await pod.start(cache_size=f"10m,nr_inodes={inodes}")).refused(Reason.NO_SPACE)
+    assert message.startswith(f"{pod.cache} is full: ")
+    assert message.endswith("(No space left on device)")
+
+
 def fill(path: Path) -> None:
     """Write until nothing more fits."""
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):

@@ -24,7 +24,8 @@ from mlx_operator_api.sizes import human_size
 from .result import ModelError
 
 _TRANSIENT = {408, 409, 425, 429}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL = {errno.ENOSPC, errno.EDQUOT}
+"""A file system that takes no more, neither bytes nor files."""
 _CREDENTIALS = "spec.model.credentialsSecretRef"
 
 
@@ -155,7 +156,7 @@ def room(root: Path, subject: str, missing: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         words = f"{root} is full: {subject} needs {human_size(missing)} more ({error.strerror})"
         raise ModelError(Reason.NO_SPACE, words) from error

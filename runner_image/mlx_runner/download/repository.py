@@ -27,14 +27,17 @@ _POLL_SECONDS = 0.2
 
 @contextmanager
 def usable(cache: Path) -> Iterator[None]:
-    """A cache whose file system answers with errors, is read-only, is not ours: told as what it is.
+    """A cache whose file system answers with errors, is full, is read-only, is not ours: told as what it is.
 
     Raises:
-        ModelError: ModelUnreachable.
+        ModelError: NoSpace or ModelUnreachable.
     """
     try:
         yield
     except OSError as error:
+        if error.errno in faults.FULL:
+            words = f"{cache} is full: it has no room for {error.filename or 'another file'} ({error.strerror})"
+            raise ModelError(Reason.NO_SPACE, words) from error
         words = f"the cache cannot be used by user {os.getuid()}: {error.filename or cache}: {error.strerror}"
         raise ModelError(Reason.MODEL_UNREACHABLE, words) from error
 
@@ -52,9 +55,8 @@ class Repository:
         self._progress = progress
         self._say = say
         self._cache = Cache(request.cache_dir, hub.repository)
-        with faults.room(self._cache.root, str(hub.place), 0):
-            self._cache.prepare()
-            self.known = self._resolve(hub)
+        self._cache.prepare()
+        self.known = self._resolve(hub)
         self.directory = self._cache.snapshot(self.known.commit)
         self._transfer = Transfer(hub, self.known.commit, self._cache, say)
 
