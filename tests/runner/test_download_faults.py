@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 from collections.abc import AsyncIterator
@@ -317,3 +318,18 @@ async def test_a_child_whose_supervisor_is_gone_ends_itself(pod: Pods) -> None:
     os.close(read)
     async with asyncio.timeout(PATIENCE):
         assert await child.wait() == 1
+
+
+async def test_a_kind_of_model_that_cannot_be_written_down_is_not_told(pod: Pods, model: Path) -> None:
+    config = {"model_type": "\ud800", "num_hidden_layers": 4}
+    (model / "config.json").write_text(json.dumps(config))
+    repository(pod.hub).push(model)
+    assert (await (await pod.start()).found()).facts.architecture is None
+
+
+async def test_a_name_that_cannot_be_written_down_is_told_escaped(pod: Pods, model: Path) -> None:
+    index = {"weight_map": {"model.embed_tokens.weight": "model-\ud800.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    repository(pod.hub).push(model)
+    message = await (await pod.start()).refused(Reason.MODEL_CORRUPT)
+    assert message.endswith("names files that the repository has not: model-\\ud800.safetensors")

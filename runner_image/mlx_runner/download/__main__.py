@@ -5,6 +5,9 @@ REQUEST is a `request.Request` as JSON. The exit code is 0 whenever a result was
 
 import os
 import sys
+import traceback
+
+from mlx_operator_api.conditions import Reason
 
 from . import result
 from .request import Request
@@ -19,6 +22,9 @@ def main(request: Request) -> int:
         # Nobody listens any more; nor may the interpreter try to flush what is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:  # noqa: BLE001 (told; without a result the supervisor could only guess)
+        sys.stderr.write(result.writable(result.public(traceback.format_exc())))
+        _say(_bug(error))
     return 0
 
 
@@ -31,6 +37,12 @@ def _work(request: Request) -> result.Found | result.Refused:
         return work(request, _say)
     except result.ModelError as error:
         return result.Refused(reason=error.reason, message=error.message)
+
+
+def _bug(error: Exception) -> result.Refused:
+    first = str(error).strip().split("\n")[0]
+    words = result.public(f"a bug in the download: {type(error).__name__}: {first}")
+    return result.Refused(reason=Reason.MODEL_UNREACHABLE, message=result.writable(words))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the download says to its supervisor: one JSON object a line on its stdout, the result last."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -55,6 +56,7 @@ class Refused(Lenient):
 
 Said = Percent | Resolved | Trouble | Found | Refused
 Line = Annotated[Said, Field(discriminator="kind")]
+_USER = re.compile(r"(?<=://)[^\s/]*@")
 _LINES: TypeAdapter[Line] = TypeAdapter(Line)
 
 
@@ -64,7 +66,17 @@ class ModelError(Exception):
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
-        self.message = message
+        self.message = writable(message)
+
+
+def writable(text: str) -> str:
+    """A text in which halves of surrogate pairs are escaped: names in a model's files may have some, no line may."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def public(text: str) -> str:
+    """A text without the user and password of the addresses in it."""
+    return _USER.sub("", text)
 
 
 def encode(line: Said) -> str:

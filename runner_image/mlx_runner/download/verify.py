@@ -14,7 +14,7 @@ from . import choice, safetensors
 from .hashes import MANIFEST, Hashes, manifest
 from .report import Progress
 from .request import Request
-from .result import ModelError
+from .result import ModelError, writable
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -192,9 +192,9 @@ def _digest(directory: Path, weights: Sequence[str], hashed: dict[str, str]) -> 
 
 
 def architecture(found: dict[str, Any]) -> str | None:
-    """What mlx-lm chooses the model's code by."""
+    """What mlx-lm chooses the model's code by; None also for what cannot be written down, which it does not know."""
     kind = found.get("model_type")
-    return kind if isinstance(kind, str) else None
+    return kind if isinstance(kind, str) and writable(kind) == kind else None
 
 
 def layers(found: dict[str, Any]) -> int:
