@@ -10,10 +10,10 @@ import pytest
 
 from mlx_operator_api.conditions import Reason
 from mlx_operator_api.tasks import Sharding
-from mlx_runner.channel import LayerLoaded, Load
+from mlx_runner.channel import Generate, LayerLoaded, Load
 from mlx_runner.engine import imports
 
-from . import tiny_models
+from . import architectures, tiny_models
 
 imports.import_all()
 
@@ -22,10 +22,11 @@ import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.models.cache import ChunkedKVCache  # noqa: E402
 
-from mlx_runner.engine import anatomy  # noqa: E402
+from mlx_runner.engine import anatomy, positions  # noqa: E402
 from mlx_runner.engine import load as loading  # noqa: E402
 from mlx_runner.engine.failures import EngineError  # noqa: E402
-from mlx_runner.engine.text import load_tokenizer  # noqa: E402
+from mlx_runner.engine.prepare import Limits, Preparer  # noqa: E402
+from mlx_runner.engine.text import PromptError, load_tokenizer  # noqa: E402
 
 Tiny = Callable[[str], Path]
 
@@ -73,6 +74,52 @@ def test_progress_is_told_layer_by_layer(tiny: Tiny) -> None:
     assert shard.loaded.bytes == sum(a.nbytes for _, a in tree_flatten(shard.model.parameters()))
     assert shard.loaded.note is None
     assert shard.context_length == tiny_models.CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"n_positions": 64, "n_ctx": 32}, 64),
+        ({"n_ctx": 64}, 64),
+        ({"max_seq_len": 64}, 64),
+        ({"seq_length": 64}, 64),
+        ({"max_sequence_length": 64}, 64),
+        ({"seq_length": 32, "max_position_embeddings": 64}, 64),
+        ({"n_ctx": 32, "text_config": {"max_position_embeddings": 64}}, 64),
+        ({"text_config": {"n_positions": 64}}, 64),
+        ({"n_positions": 0, "text_config": "none"}, 4096),
+        ({}, 4096),
+    ],
+)
+def test_the_positions_of_a_model_are_read_whatever_its_configuration_calls_them(
+    config: dict[str, Any], expected: int
+) -> None:
+    assert positions.of(config) == expected
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a table of 64 positions, of which its configuration speaks as GPT-2's does."""
+    path = tmp_path_factory.mktemp("gpt2") / "model"
+    return architectures.save(path, "gpt2", max_position_embeddings=None, n_positions=64, n_ctx=64)
+
+
+def test_a_request_beyond_the_table_of_positions_is_refused(gpt2: Path) -> None:
+    shard = load(gpt2)
+    assert (shard.context_length, shard.budget.context) == (64, 64)
+    limits = Limits.of(command(gpt2), shard.budget.context)
+    preparer = Preparer(load_tokenizer(gpt2, shard.config), limits)
+    assert preparer.prepare(Generate(id="fits", prompt=(5,) * 60, max_tokens=4)).max_tokens == 4
+    with pytest.raises(PromptError) as raised:
+        preparer.prepare(Generate(id="longer", prompt=(5,) * 60, max_tokens=5))
+    assert raised.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_positions_beyond_the_table_are_all_the_last_one(gpt2: Path, world_size: int) -> None:
+    shard = load(gpt2, world_size - 1, world_size, context_length=128)
+    table = shard.model.model.wpe
+    assert mx.array_equal(table(mx.array([62, 63, 64, 10**6])), table.weight[mx.array([62, 63, 63, 63])])
 
 
 def test_a_path_that_is_no_model_is_not_found(tmp_path: Path) -> None:

@@ -20,12 +20,10 @@ from mlx_operator_api.layers import Span
 from mlx_operator_api.tasks import Sharding
 from mlx_runner.channel import LayerLoaded, Load, Loaded
 
-from . import adapters, anatomy, imports, memory, pipeline, prefix_cache, weights
+from . import adapters, anatomy, imports, memory, pipeline, positions, prefix_cache, weights
 from .architectures import architecture
 from .failures import EngineError
 
-_DEFAULT_CONTEXT = 4096
-"""For a model whose configuration names no limit."""
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 """The first number in the name of a tensor."""
 
@@ -47,14 +45,7 @@ class Shard:
     @property
     def context_length(self) -> int:
         """Positions that the model was made for."""
-        return _model_context(self.config)
-
-
-def _model_context(config: dict[str, Any]) -> int:
-    for place in (config, config.get("text_config") or {}):
-        if isinstance(limit := place.get("max_position_embeddings"), int):
-            return limit
-    return _DEFAULT_CONTEXT
+        return positions.of(self.config)
 
 
 @dataclass(slots=True)
@@ -96,6 +87,7 @@ def load(command: Load, group: Any, tell: Callable[[LayerLoaded], None]) -> Shar
         notes.append(f"{adapter.kind} adapter of rank {adapter.parameters['rank']} fused into the weights")
     if group is not None:
         _shard(model, group)
+    positions.bound(model)
     stage = pipeline.Stage(model, draft.found, draft.span) if draft.pipelined and draft.found else None
     reuse = prefix_cache.budget(command.prompt_cache_bytes, _limits(command))
     budget = _budget(model, config, draft, largest, reuse)
@@ -317,7 +309,7 @@ def _budget(model: Any, config: dict[str, Any], draft: _Draft, largest: int, reu
     ranks = [memory.Rank(*facts) for facts in zip(sizes, [largest] * len(sizes), caches, _limits(command), strict=True)]
     this = memory.Rank(own, largest, caches[command.rank], command.memory_limit_bytes)
     rows = command.max_concurrent_requests if together else 1
-    wish = memory.Wish(command.context_length, rows, _model_context(config))
+    wish = memory.Wish(command.context_length, rows, positions.of(config))
     sums = memory.Sum(memory.Shape.of(config), memory.resident_bytes() + command.spare_bytes, reuse)
     return sums.budget(this, [rank for number, rank in enumerate(ranks) if number != command.rank], wish)
 
