@@ -1,6 +1,7 @@
 """The parts of a leading operator, put together: store, queue, workers, streams, sweeps."""
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -70,7 +71,7 @@ class Controller:
             metrics=metrics,
             lost=self._pod_reads.want,
         )
-        self._pod_events = PodEvents(kube, self.store, changed=self.observer.changed, now=wall_clock)
+        self._pod_events = PodEvents(kube, self.store, changed=self.observer.changed, now=wall_clock, metrics=metrics)
         self._sender = TaskSender(
             self.store,
             self._port,
@@ -149,4 +150,13 @@ class Controller:
             self._sender.forget(uid)
 
     def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.append(asyncio.create_task(work, name=name))
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._ended)
+        self._tasks.append(task)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A part that nobody stopped has ended: the process is restarted for it, and the log is what is left."""
+        if task.cancelled():
+            return
+        self._metrics.bugs.inc()
+        decision("part ended", level=logging.ERROR, part=task.get_name(), error=task.exception(), traceback=True)

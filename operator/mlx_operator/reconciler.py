@@ -16,6 +16,7 @@ from mlx_operator.act.kube import KubeError, Manifest
 from mlx_operator.act.recorder import Recorder
 from mlx_operator.act.resources import INSTANCES, Resource
 from mlx_operator.act.status_writer import ConflictError, StatusWriter, Written, wire
+from mlx_operator.apart import apart
 from mlx_operator.decide.actions import Notice, Plan
 from mlx_operator.decide.observed import Observed
 from mlx_operator.decide.stored import read
@@ -85,14 +86,8 @@ class Reconciler:
                 self._queue.done(key, ok=ok)
 
     async def _turn(self, key: Key) -> bool:
-        # A task of its own: whatever it raises is looked at here, and nothing can take the worker down.
-        task = asyncio.create_task(self._bounded(key), name=f"reconcile {key}")
-        try:
-            with self._metrics.reconcile_seconds.time():
-                await asyncio.wait((task,))
-        finally:
-            task.cancel()
-        error = None if task.cancelled() else task.exception()
+        with self._metrics.reconcile_seconds.time():
+            error = await apart(self._bounded(key), name=f"reconcile {key}")
         if error is not None:
             self._failed(key, error)
         return error is None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mlx_operator.act.resources import CORE_EVENTS, PODS
+from mlx_operator.metrics import Metrics
 from mlx_operator.observe.podevents import LONGEST_PERIOD_SECONDS, PodEvents, notes
 from mlx_operator.observe.shelf import Key
 from mlx_operator.observe.store import Store
@@ -31,10 +32,11 @@ def said(reason: str, message: str, time: str, kind: str = "Warning") -> dict[st
 class Scene:
     kube: FakeKube = field(default_factory=FakeKube)
     changes: list[Key] = field(default_factory=list)
+    metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
         self.store = Store(SETTINGS)
-        self.events = PodEvents(self.kube, self.store, changed=self.changes.append, now=self.now)
+        self.events = PodEvents(self.kube, self.store, changed=self.changes.append, now=self.now, metrics=self.metrics)
         self.store.pod_changed = self.events.pod_changed
         self._began: float | None = None
 
@@ -116,6 +118,39 @@ async def test_why_a_container_ended_is_asked_at_once_and_not_for_ever(scene: Sc
     await asyncio.sleep(100)
     assert len(scene.kube.requests) == asked
     assert scene.store.warnings("pod-0") == ()
+
+
+def test_an_event_without_a_message_is_told_by_its_reason_alone() -> None:
+    silent = said("FailedMount", "", "14:50:00")
+    del silent["message"]
+    assert notes([silent, said("FailedScheduling", "no node", "14:49:00")]) == (
+        "FailedMount",
+        "FailedScheduling: no node",
+    )
+    assert notes([silent | {"reason": "Killing"}], {"startedAt": "2026-11-23T14:30:00Z"}) == ()
+    assert notes([{"metadata": silent["metadata"]}]) == ()
+
+
+async def test_an_event_that_nobody_foresaw_costs_no_other_pod_its_words(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = said("FailedMount", "x", "14:50:00") | {"series": "no object"}
+    uid, good = "pod-1", said("FailedScheduling", "no node", "14:59:30")
+    listed = scene.kube.list
+
+    async def listing(*of: Any, fields: str | None = None, **how: Any) -> Any:
+        _, version = await listed(*of, fields=fields, **how)
+        return [good if fields is not None and fields.endswith(uid) else broken], version
+
+    scene.kube.list = listing  # type: ignore[method-assign]
+    scene.store.put(PODS, pod(0, ip=None))
+    scene.store.put(PODS, pod(1, ip=None))
+    await asyncio.sleep(3)
+    assert scene.store.warnings(uid) == ("FailedScheduling: no node",)
+    (told,) = [record for record in caplog.records if record.exc_info]
+    assert told.message == "bug in the events of a pod"
+    await asyncio.sleep(600)
+    assert scene.kube.count("list", "events") <= 2 * (4 + 600 / LONGEST_PERIOD_SECONDS), "and is not asked for ever"
 
 
 def test_what_the_kubelet_said_of_an_earlier_container_is_left_out() -> None:

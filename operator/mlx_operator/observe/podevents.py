@@ -11,7 +11,9 @@ from typing import Any
 
 from mlx_operator.act.kube import Kube, KubeError
 from mlx_operator.act.resources import CORE_EVENTS
+from mlx_operator.apart import apart
 from mlx_operator.logs import decision
+from mlx_operator.metrics import Metrics
 from mlx_operator.observe.runners import address
 from mlx_operator.observe.shelf import Key, Manifest
 from mlx_operator.observe.store import Store
@@ -42,12 +44,19 @@ class PodEvents:
     """Reads the Events of such pods, each pod at most once per period, all of them at a bounded rate."""
 
     def __init__(
-        self, kube: Kube, store: Store, *, changed: Callable[[Key], None], now: Callable[[], datetime]
+        self,
+        kube: Kube,
+        store: Store,
+        *,
+        changed: Callable[[Key], None],
+        now: Callable[[], datetime],
+        metrics: Metrics,
     ) -> None:
         self._kube = kube
         self._store = store
         self._changed = changed
         self._now = now
+        self._metrics = metrics
         self._due: dict[str, datetime] = {}
         self._period: dict[str, float] = {}
         self._some = asyncio.Event()
@@ -83,7 +92,9 @@ class PodEvents:
             if wait > 0:
                 await asyncio.sleep(min(wait, 1.0))
                 continue
-            await self._read(uid)
+            error = await apart(self._read(uid), name=f"events of pod {uid}")
+            if error is not None:
+                self._not_understood(uid, error)
             if uid in self._due:
                 self._due[uid] = self._now() + timedelta(seconds=self._period.get(uid, PERIOD_SECONDS))
             await asyncio.sleep(SPACING_SECONDS)
@@ -106,6 +117,12 @@ class PodEvents:
             self._changed(key)
         known = self._period.get(uid, PERIOD_SECONDS / 2)
         self._period[uid] = PERIOD_SECONDS if touched else min(LONGEST_PERIOD_SECONDS, known * 2)
+
+    def _not_understood(self, uid: str, error: BaseException) -> None:
+        """An Event that no rule foresees costs its own pod its words, and no other pod anything."""
+        self._metrics.bugs.inc()
+        self._period[uid] = LONGEST_PERIOD_SECONDS
+        decision("bug in the events of a pod", level=logging.ERROR, error=error, traceback=True, pod_uid=uid)
 
     def _forget(self, uid: str) -> None:
         self._due.pop(uid, None)
@@ -137,15 +154,17 @@ def notes(events: list[dict[str, Any]], ended: dict[str, Any] | None = None) -> 
     for event in ordered:
         newest.setdefault(str(event.get("reason")), _moment(event))
     said = (event for event in ordered if _holds(event, newest, (ended or {}).get("startedAt")))
-    texts = (f"{event.get('reason')}: {event.get('message')}" for event in said)
-    return tuple(dict.fromkeys(texts))[:_NOTES]
+    # Both are optional.
+    texts = (": ".join(filter(None, (event.get("reason"), event.get("message")))) for event in said)
+    return tuple(dict.fromkeys(filter(None, texts)))[:_NOTES]
 
 
 def _holds(event: dict[str, Any], newest: dict[str, str], started: str | None) -> bool:
     reason, moment = event.get("reason"), _moment(event)
     if reason in ("Killing", "Unhealthy"):
         # Readiness probes fail whenever no model is loaded: only what ends a container counts.
-        fatal = "failed liveness probe" in event["message"] or "Liveness probe failed" in event["message"]
+        words = event.get("message") or ""
+        fatal = "failed liveness probe" in words or "Liveness probe failed" in words
         return fatal and started is not None and moment >= started.removesuffix("Z")
     if event.get("type", "Warning") != "Warning":
         return False
