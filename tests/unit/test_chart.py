@@ -211,6 +211,12 @@ def test_without_leader_election_two_operators_never_run_at_once(helm: str) -> N
     manifests = rendered(helm, OPERATOR, "--set=leaderElection.enabled=false")
     assert deployment(manifests)["spec"]["strategy"] == {"type": "Recreate"}
     assert "--no-leader-elect" in container(manifests)["args"]
+    told = refusal(helm, "--set=leaderElection.enabled=false", "--set=replicas=2")
+    assert (
+        "replicas is 2 while leaderElection.enabled is false, so that 2 operators would act at once: "
+        "set replicas to 1, or leaderElection.enabled to true"
+    ) in told
+    assert deployment(rendered(helm, OPERATOR, "--set=leaderElection.enabled=false", "--set=replicas=0"))
 
 
 def test_two_releases_share_no_cluster_wide_name(helm: str) -> None:
