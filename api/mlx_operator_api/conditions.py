@@ -121,7 +121,7 @@ class Reason(StrEnum):
     CHILD_CONFLICT = (
         "ChildConflict",
         Retry.WAIT,
-        "An object with the name of one of our children exists and belongs to somebody else.",
+        "An object with the name of one of our children exists and belongs to somebody else, or lost our label.",
         "delete or rename the object that the message names, or rename the ModelInstance",
     )
     POD_REFUSED = (

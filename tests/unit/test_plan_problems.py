@@ -189,6 +189,19 @@ def test_a_refused_pod_is_told_in_the_api_servers_words(status: int, message: st
     assert cluster.ready()
 
 
+def test_a_pod_without_our_label_is_told_with_the_command_that_puts_it_back() -> None:
+    cluster = Cluster(runners=1)
+    words = "Pod tiny-0 of this ModelInstance exists and lacks the label mlx-operator.dev/instance=tiny"
+    cluster.refuse = Refusal(409, words, START)
+    cluster.reconcile()
+    cluster.reconcile()
+    assert condition(cluster, ConditionType.STALLED).message.endswith(
+        f"{words}; put the label back, or delete the pod: "
+        "kubectl label --overwrite pod tiny-0 mlx-operator.dev/instance=tiny"
+    )
+    assert cluster.status.brief[-1].startswith("do: put the label back")
+
+
 def test_a_server_without_image_volumes_is_named() -> None:
     cluster = Cluster(model={"source": "oci://m:1"})
     cluster.refuse = Refusal(422, "spec.volumes[4]: Required value: must specify a volume type", START)

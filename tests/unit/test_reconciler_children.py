@@ -9,6 +9,7 @@ import pytest
 from mlx_operator.act.kube import KubeError
 from mlx_operator.act.resources import PODS, SECRETS, SERVICES, Resource
 from mlx_operator.decide.actions import CreatePod, DeletePod, Plan
+from mlx_operator_api import names
 from mlx_operator_api.status import Status
 from tests.unit.reconciling import CREATE, GONE, NOTICE, SERVICE, TINY, Scene, child, failing
 
@@ -92,6 +93,27 @@ async def test_a_foreign_pod_under_the_name_is_a_refusal_that_names_its_owner(sc
     refusal = scene.store.refusals.of(TINY)["tiny-0"]
     assert refusal.status == 409
     assert "belongs to ModelInstance tiny (uid another-uid)" in refusal.message
+
+
+@pytest.mark.parametrize("label", [None, "another"])
+async def test_our_own_pod_without_the_label_that_we_watch_by_is_a_refusal_until_the_label_is_back(
+    scene: Scene, label: str | None
+) -> None:
+    unseen = child(PODS, "tiny-0")
+    labels = unseen["metadata"]["labels"]
+    unseen["metadata"]["labels"] = {**labels, names.INSTANCE_LABEL: label} if label else {}
+    pod = scene.kube.put(PODS, unseen)
+    scene.plans = [Plan(Status(epoch=1), (CREATE,))]
+    await scene.reconcile()
+    await scene.reconcile()
+    assert scene.seen[-1].refusals["tiny-0"].status == 409
+    assert scene.seen[-1].refusals["tiny-0"].message == (
+        "Pod tiny-0 of this ModelInstance exists and lacks the label mlx-operator.dev/instance=tiny"
+    )
+    assert scene.kube.count("create", "pods") == 1
+    scene.store.put(PODS, scene.kube.put(PODS, {**pod, "metadata": {**pod["metadata"], "labels": labels}}))
+    await scene.reconcile()
+    assert scene.seen[-1].refusals == {}
 
 
 async def test_a_foreign_service_is_not_taken_over(scene: Scene) -> None:

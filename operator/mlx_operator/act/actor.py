@@ -15,9 +15,11 @@ from mlx_operator.decide.observed import Refusal
 from mlx_operator.logs import decision
 from mlx_operator.observe.shelf import Key
 from mlx_operator.observe.store import Store
+from mlx_operator_api import names
 from mlx_operator_api.conditions import ConditionType
 
 _FOREIGN = "Foreign"
+_UNWATCHED = "Unwatched"
 
 
 class Actor:
@@ -175,6 +177,7 @@ class Actor:
                 raise
             pod = await self._kube.get(PODS, key.namespace, action.name)
             _require_ours(pod, instance, PODS)
+            _require_watched(pod, instance)
         else:
             decision("pod created", **_about(key, instance, action), pod=action.name)
         self._answered(PODS, pod)
@@ -221,6 +224,15 @@ def _require_ours(child: Mapping[str, Any], instance: Mapping[str, Any], resourc
     whose = f"{owner['kind']} {owner['name']} (uid {owner['uid']})" if owner else "nobody that it names"
     name = child["metadata"]["name"]
     raise KubeError(409, _FOREIGN, f"{resource.kind} {name} exists and belongs to {whose}")
+
+
+def _require_watched(pod: Mapping[str, Any], instance: Mapping[str, Any]) -> None:
+    """Without the label no watch and no list shows the pod: it would be waited for for ever."""
+    name = instance["metadata"]["name"]
+    if (pod["metadata"].get("labels") or {}).get(names.INSTANCE_LABEL) == name:
+        return
+    lacks = f"exists and lacks the label {names.INSTANCE_LABEL}={name}"
+    raise KubeError(409, _UNWATCHED, f"{PODS.kind} {pod['metadata']['name']} of this ModelInstance {lacks}")
 
 
 def _about(key: Key, instance: Mapping[str, Any], action: Action | None = None) -> dict[str, Any]:

@@ -107,6 +107,11 @@ _TABLE = (
         "give the operator its permission back (helm upgrade does): kubectl auth can-i {verb} {what} --as {user}",
     ),
     Remedy(
+        _R.CHILD_CONFLICT,
+        r"lacks the label (?P<label>\S+)",
+        "put the label back, or delete the pod: kubectl label --overwrite pod POD {label}",
+    ),
+    Remedy(
         _R.IMAGE_PULL_FAILED,
         r"not present with pull policy of Never",
         "load the image onto the node, or set runner.image.pullPolicy of the chart to IfNotPresent",
