@@ -39,7 +39,7 @@ class RestartPolicy(Lenient):
     """What happens after a failure."""
 
     max_restarts: Annotated[int | None, Field(ge=0, le=1000)] = None
-    """Failures in a window before the group is Stalled. Default: 5."""
+    """Failures in a window before the group is Stalled; raised then, the group starts again. Default: 5."""
     backoff: Backoff | None = None
     """Time before a restart."""
     reset_after: Duration | None = None

@@ -38,6 +38,24 @@ def test_a_rank_that_fails_for_ever_spends_the_budget_and_leaves_everything_in_p
     assert (cluster.status.epoch, cluster.status.restarts) == (4, 0)
 
 
+def test_a_budget_that_is_raised_after_it_was_spent_starts_the_group_again() -> None:
+    cluster = ready(restartPolicy={"maxRestarts": 1})
+    for _ in range(2):
+        cluster.kill_engine(1)
+        cluster.run(until=lambda: cluster.stalled() or cluster.ready())
+        cluster.run(30)
+    assert cluster.stalled()
+    assert cluster.status.epoch == 2
+    cluster.change(restartPolicy={"maxRestarts": 1, "backoff": {"initial": "3s"}})
+    cluster.run(30)
+    assert cluster.stalled(), "it gives no budget"
+    cluster.change(restartPolicy={"maxRestarts": 9})
+    cluster.run()
+    assert cluster.ready()
+    assert (cluster.status.epoch, cluster.status.restarts) == (3, 0)
+    assert not any("the budget of 9 is spent" in line for patch in cluster.patches for line in patch.brief)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_0_hears_once_that_nothing_starts_again_also_when_its_engine_is_dead(rank: int) -> None:
     cluster = ready(restartPolicy={"maxRestarts": 1})
@@ -129,6 +147,9 @@ def test_a_hopeless_failure_is_stalled_at_once_until_the_spec_changes(reason: Re
     cluster.run()
     assert cluster.stalled()
     assert condition(cluster, ConditionType.STALLED).reason is reason
+    cluster.change(restartPolicy={"maxRestarts": 50})
+    cluster.run()
+    assert cluster.stalled(), "more budget does not help"
     assert cluster.status.epoch == 1
     cluster.change(serving={"maxQueue": 1})
     cluster.run()

@@ -69,7 +69,7 @@ def _why(picture: Picture, status: Status) -> Reason | None:
     started = assigned(status) or restart.open_failure(status) is not None
     if _new(wanted.restart, status.observed_restart):
         return Reason.RESTART_REQUESTED
-    if changed and started:
+    if (changed and started) or restart.budget_raised(status, wanted.restarts):
         return Reason.SPEC_CHANGED
     if _new(wanted.retry, status.observed_retry) and _troubled(status):
         return Reason.RETRY_REQUESTED

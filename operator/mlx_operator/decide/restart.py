@@ -83,6 +83,12 @@ def final_failure(status: Status) -> GroupFailure | None:
     return last if last is not None and last.epoch == status.epoch else None
 
 
+def budget_raised(status: Status, rules: RestartRules) -> bool:
+    """The budget that the last failure found spent is not spent by the rules of now."""
+    final = final_failure(status)
+    return final is not None and counts(final.reason) and status.restarts < rules.max_restarts
+
+
 def next_step(status: Status, rules: RestartRules) -> str:
     """What comes after the last failure, for messages."""
     if not status.history:
