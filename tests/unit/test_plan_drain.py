@@ -30,6 +30,67 @@ def shutdowns(cluster: Cluster) -> list[tuple[int, float]]:
     return [(r.rank, r.task.grace_seconds) for r in requests if isinstance(r.task, Shutdown)]
 
 
+def target(cluster: Cluster, rank: int, why: str = "PreemptionByScheduler") -> None:
+    """Somebody means to end the pod, and has not begun."""
+    condition = {"type": "DisruptionTarget", "status": "True", "reason": why}
+    cluster.pods[f"tiny-{rank}"].manifest["status"]["conditions"].append(condition)
+
+
+@pytest.mark.parametrize("why", ["PreemptionByScheduler", "DeletionByTaintManager", "EvictionByEvictionAPI"])
+def test_a_pod_that_is_to_be_disrupted_and_serves_all_the_same_costs_nothing(why: str) -> None:
+    cluster = ready(2)
+    target(cluster, 1, why)
+    patches = len(cluster.patches)
+    cluster.run(300)
+    cluster.lose_report(1)
+    cluster.reconcile()
+    cluster.restart_operator()
+    cluster.run(300)
+    assert cluster.ready()
+    assert (cluster.status.epoch, len(cluster.patches)) == (1, patches)
+
+
+def cut_off(cluster: Cluster) -> None:
+    lose_touch(cluster)
+    cluster.wait(60)
+
+
+ENDS: dict[str, Callable[[Cluster], object]] = {
+    "it is deleted": lambda c: c.delete("tiny-1"),
+    "it is over": lambda c: c.pods["tiny-1"].manifest["status"].update(phase="Failed"),
+    "its supervisor drains": lambda c: c.supervisor(1).publish(draining=True),
+    "its supervisor shuts down": lambda c: c.supervisor(1).publish(state=RunnerState.SHUTTING_DOWN),
+    "its container has ended": lambda c: c.kill_container(1, reason="Error"),
+    "its supervisor is silent for too long": cut_off,
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_a_disruption_explains_the_end_of_its_pod_when(end: Callable[[Cluster], object]) -> None:
+    cluster = ready(2)
+    target(cluster, 1)
+    cluster.hear_all()
+    cluster.reconcile()
+    end(cluster)
+    failure = see(cluster)
+    assert (failure.rank, failure.reason) == (1, Reason.EVICTED)
+    assert "PreemptionByScheduler" in failure.message
+    assert cluster.status.restarts == 0
+
+
+def test_a_disruption_that_did_not_come_explains_nothing_that_another_rank_did() -> None:
+    cluster = ready(2)
+    target(cluster, 1)
+    cluster.pods["tiny-0"].partitioned = True
+    cluster.supervisor(1).fail(Reason.PEER_LOST, "connection to rank 0 was lost", peer=0)
+    cluster.hear_all()
+    cluster.lose_stream("tiny-0")
+    cluster.reconcile()
+    cluster.wait(60)
+    failure = see(cluster)
+    assert (failure.rank, failure.reason) == (0, Reason.RUNNER_UNREACHABLE)
+
+
 @pytest.mark.parametrize(("evicted", "reason"), [(False, Reason.POD_DELETED), (True, Reason.EVICTED)])
 def test_rank_0_finishes_its_requests_before_the_other_ranks_end_when_a_pod_is_taken_away(
     evicted: bool, reason: Reason

@@ -136,7 +136,7 @@ def diagnose(rank: Rank, epoch: int, picture: Picture, *, ended_by_us: bool) -> 
 def _all(rank: Rank, epoch: int, picture: Picture, ended_by_us: bool) -> Iterator[Evidence]:
     for evidence in (
         _node(rank, picture),
-        _pod(rank, picture),
+        _pod(rank, epoch, picture, ended_by_us),
         _report(rank, epoch, ended_by_us),
         _container(rank, epoch, picture),
     ):
@@ -161,10 +161,13 @@ def _node(rank: Rank, picture: Picture) -> Evidence | None:
     return _make(rank, Reason.NODE_LOST, what + reason, (known and known.since) or picture.clock.now)
 
 
-def _pod(rank: Rank, picture: Picture) -> Evidence | None:
+def _pod(rank: Rank, epoch: int, picture: Picture, ended_by_us: bool) -> Evidence | None:
     pod, record, now = rank.pod, rank.record, picture.clock.now
     if pod is None or pod.uid != record.pod_uid:
         return _make(rank, Reason.POD_DELETED, f"its pod (uid {(record.pod_uid or '?')[:8]}) is gone", now)
+    disrupted = pod.disruption != "" and _ends(rank, pod, epoch, picture, ended_by_us)
+    if not (pod.over or pod.deleting or disrupted):
+        return None
     cordoned = _cordoned(pod, picture)
     if pod.disruption.startswith(_TAINTED) and not rank.alive and not _well(pod, picture):
         return _make(rank, Reason.NODE_LOST, one_line(f"node {pod.node} is lost: {pod.disruption}", 400), now)
@@ -172,9 +175,15 @@ def _pod(rank: Rank, picture: Picture) -> Evidence | None:
         told = (pod.disruption or listed(pod.reason, pod.message)).strip(" .")
         words = f"its pod was evicted: {one_line(told, 400)}" if told else f"its pod is over: phase {pod.phase}"
         return _make(rank, Reason.EVICTED, listed(words, cordoned), now)
-    if pod.deleting:
-        return _make(rank, Reason.POD_DELETED, listed("its pod is being deleted", cordoned), now)
-    return None
+    return _make(rank, Reason.POD_DELETED, listed("its pod is being deleted", cordoned), now)
+
+
+def _ends(rank: Rank, pod: PodView, epoch: int, picture: Picture, ended_by_us: bool) -> bool:
+    """Somebody else than the operator ends a pod that nobody deletes: what DisruptionTarget explains, and is not."""
+    told = rank.report is not None and rank.report.draining
+    state = pictures.effective(rank, epoch)
+    stopped = state in (RunnerState.SHUTTING_DOWN, RunnerState.SHUTDOWN) and not ended_by_us
+    return told or stopped or pod.container.running is None or _silence(rank, picture) is not None
 
 
 def _well(pod: PodView, picture: Picture) -> bool:
