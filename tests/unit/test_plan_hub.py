@@ -116,6 +116,38 @@ def test_whoever_asks_for_something_new_gets_what_the_branch_is_at(ask: object) 
     }, "another source of the hub needs no new pod"
 
 
+@pytest.mark.parametrize("when", ["while suspended", "with the resumption"])
+def test_a_restart_that_is_asked_of_a_suspended_instance_comes_with_what_the_branch_is_at(when: str) -> None:
+    cluster = ready(model=SOURCE)
+    cluster.move_branch(2)
+    cluster.change(suspend=True)
+    cluster.run()
+    if when == "while suspended":
+        cluster.annotate(names.RESTART_ANNOTATION, "now")
+        cluster.run()
+        cluster.change(suspend=False)
+    else:
+        cluster.annotate(names.RESTART_ANNOTATION, "now")
+        cluster.change(suspend=False)
+    cluster.run()
+    assert cluster.ready()
+    assert revision(cluster) == SECOND
+    assert (cluster.status.epoch, cluster.status.observed_restart) == (2, "now"), "one new epoch, not two"
+
+
+def test_a_restart_that_was_followed_before_the_instance_was_suspended_is_not_followed_again() -> None:
+    cluster = ready(model=SOURCE)
+    cluster.annotate(names.RESTART_ANNOTATION, "now")
+    cluster.run()
+    cluster.move_branch(2)
+    cluster.change(suspend=True)
+    cluster.run()
+    cluster.change(suspend=False)
+    cluster.run()
+    assert cluster.ready()
+    assert revision(cluster) == FIRST
+
+
 def test_more_memory_or_another_image_does_not_change_the_model() -> None:
     cluster = ready(model=SOURCE)
     cluster.move_branch(2)

@@ -1,5 +1,6 @@
 """An upgrade of the operator restarts no model: the hashes in status stay, and older supervisors are understood."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from pydantic import create_model
 from mlx_operator.decide import spec as specs
 from mlx_operator.decide import template
 from mlx_operator.decide.spec import parse
+from mlx_operator_api import names
 from mlx_operator_api.conditions import ConditionType, Reason
 from mlx_operator_api.deadlines import DEFAULT_DEADLINES
 from mlx_operator_api.tasks import PROTOCOL, CreateRunner, ServingOptions
@@ -113,6 +115,27 @@ def test_a_supervisor_of_a_protocol_that_we_do_not_speak_gets_no_task_and_is_nam
     stalled = condition(cluster, ConditionType.STALLED)
     assert (stalled.status, stalled.reason) == ("True", Reason.PROTOCOL_MISMATCH)
     assert f"protocol {spoken}, this operator {PROTOCOL}; " in stalled.message, "there is no version 0"
+
+
+@pytest.mark.parametrize("when", ["while suspended", "with the resumption", "never"])
+def test_a_suspended_instance_resumes_with_the_newer_default_image_where_a_restart_was_asked(when: str) -> None:
+    cluster = ready(restartPolicy={"maxRestarts": 3})
+    cluster.kill_engine(1)
+    cluster.run()
+    assert cluster.status.restarts == 1
+    cluster.change(suspend=True)
+    cluster.run()
+    cluster.settings = replace(cluster.settings, runner_image="runner:2")
+    if when == "while suspended":
+        cluster.annotate(names.RESTART_ANNOTATION, "now")
+        cluster.run()
+    elif when == "with the resumption":
+        cluster.annotate(names.RESTART_ANNOTATION, "now")
+    cluster.change(suspend=False)
+    cluster.run()
+    assert cluster.ready()
+    assert cluster.status.runner_image == ("runner:1" if when == "never" else "runner:2")
+    assert cluster.status.restarts == 0, "resume is an epoch with a fresh budget"
 
 
 def test_a_runner_that_was_started_by_the_release_before_is_ended_in_its_own_protocol() -> None:

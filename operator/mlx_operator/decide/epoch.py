@@ -51,8 +51,7 @@ def following(picture: Picture, status: Status) -> int:
 
 
 def _settled_image(picture: Picture, status: Status) -> Status:
-    asked = _new(picture.wanted.restart, status.observed_restart) and status.epoch > 0
-    fixed = None if asked else status.runner_image
+    fixed = None if _restart_asked(picture, status) else status.runner_image
     image = template.image(picture.wanted, picture.settings, fixed, status.template_hash)
     return status.revised(runner_image=image)
 
@@ -67,13 +66,18 @@ def _why(picture: Picture, status: Status) -> Reason | None:
     hashed = template.template_hash(wanted, status.runner_image or "", picture.settings)
     changed = wanted.spec_hash != status.spec_hash or hashed != status.template_hash
     started = assigned(status) or restart.open_failure(status) is not None
-    if _new(wanted.restart, status.observed_restart):
+    if _restart_asked(picture, status):
         return Reason.RESTART_REQUESTED
     if (changed and started) or restart.budget_raised(status, wanted.restarts):
         return Reason.SPEC_CHANGED
     if _new(wanted.retry, status.observed_retry) and _troubled(status):
         return Reason.RETRY_REQUESTED
     return Reason.EPOCH_STARTED if _overtaken(picture, status) else None
+
+
+def _restart_asked(picture: Picture, status: Status) -> bool:
+    """By the annotation; whatever else makes a new epoch due, it is to be one with image and model anew."""
+    return _new(picture.wanted.restart, status.observed_restart) and status.epoch > 0
 
 
 def _new(wanted: str | None, observed: str | None) -> bool:
@@ -101,7 +105,7 @@ def _model(picture: Picture, status: Status, why: Reason | None) -> ModelStatus:
     fresh = _unresolved(wanted)
     if known is None or known.source != fresh.source:
         return fresh
-    asked = why is Reason.RESTART_REQUESTED or (why is Reason.RETRY_REQUESTED and known.digest is None)
+    asked = _restart_asked(picture, status) or (why is Reason.RETRY_REQUESTED and known.digest is None)
     asked |= why is Reason.SPEC_CHANGED and wanted.spec_hash != status.spec_hash
     if asked and wanted.from_hub:
         return fresh

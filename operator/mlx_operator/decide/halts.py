@@ -91,8 +91,8 @@ def suspend(picture: Picture, status: Status, fault: Unusable | None) -> Plan:
             "runners_ready": f"0/{wanted.world_size}",
             "model": old.model or ModelStatus(source=wanted.spec.model.source),
             "runners": tuple(_asleep(picture, rank) for rank in picture.ranks),
+            # A restart that was asked for meanwhile is due with the resumption.
             "observed_retry": wanted.retry,
-            "observed_restart": wanted.restart,
         }
     )
     status = finish(status, known, old, wanted.generation, picture.clock)
