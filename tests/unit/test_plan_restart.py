@@ -124,16 +124,25 @@ def test_no_epoch_starts_while_the_heartbeat_of_a_rank_is_overdue() -> None:
     assert cluster.status.epoch == 2
 
 
-def test_the_budget_is_full_again_after_a_sustained_ready_and_that_alone_is_no_write() -> None:
+def test_the_budget_is_full_again_after_a_sustained_ready_and_that_is_written_once() -> None:
     cluster = ready(restartPolicy={"maxRestarts": 1})
     cluster.kill_engine(1)
     cluster.run()
     assert cluster.status.restarts == 1
-    patches = len(cluster.patches)
-    cluster.wait(601)
+    since = condition(cluster, ConditionType.READY).last_transition_time
+    cluster.wait(30)
     cluster.hear_all()
-    cluster.reconcile()
-    assert len(cluster.patches) == patches
+    made = cluster.reconcile()
+    assert made.requeue_at == since + timedelta(minutes=10)
+    cluster.patches.clear()
+    cluster.wait((made.requeue_at - cluster.now).total_seconds())
+    cluster.hear_all()
+    assert cluster.reconcile().requeue_at is None
+    assert [patch.restarts for patch in cluster.patches] == [0]
+    cluster.wait(100_000)
+    cluster.hear_all()
+    assert cluster.reconcile().requeue_at is None
+    assert len(cluster.patches) == 1
     cluster.kill_engine(1)
     cluster.run()
     assert cluster.ready()

@@ -59,7 +59,7 @@ def plan(observed: Observed, now: datetime) -> Plan:
 
 def _follow(view: Picture, old: Status, fault: Unusable | None) -> Plan:
     wanted = view.wanted
-    status = old.revised(restarts=restart.spent(old, wanted.restarts, view.clock.now))
+    status = old.revised(restarts=restart.spent(old, wanted.restarts, view.clock))
     why = Reason.SUSPENDED if wanted.suspended else epoch.due(view, status)
     if why is not Reason.EPOCH_STARTED:
         # Where status knows of no epoch, or of an older one than the runners, its records prove nothing.

@@ -61,12 +61,12 @@ def backoff(restarts: int, rules: RestartRules, seed: str) -> float:
     return delay * (1 - JITTER + 2 * JITTER * fraction)
 
 
-def spent(status: Status, rules: RestartRules, now: datetime) -> int:
-    """Restarts since the last sustained Ready."""
+def spent(status: Status, rules: RestartRules, clock: Clock) -> int:
+    """Restarts since the last sustained Ready; where there are any, the end of the window is a time to plan at."""
     ready = status.condition(ConditionType.READY)
-    if ready is not None and ready.status == "True" and now - ready.last_transition_time >= rules.reset_after:
-        return 0
-    return status.restarts
+    if status.restarts == 0 or ready is None or ready.status != "True":
+        return status.restarts
+    return 0 if clock.passed(ready.last_transition_time + rules.reset_after) else status.restarts
 
 
 def open_failure(status: Status) -> GroupFailure | None:

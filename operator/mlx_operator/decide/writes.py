@@ -28,9 +28,6 @@ def worth_writing(old: Status, new: Status, clock: Clock, *, moving: bool = Fals
     """The status to store: `new`, or `old` while the difference can wait. `moving`: this plan sends tasks."""
     if old == new or not old.conditions or _hard(old) != _hard(new):
         return new
-    if old == new.revised(restarts=old.restarts):
-        # The budget is full again after a sustained Ready: told with the next write.
-        return old
     quiet = MOVING_SECONDS if moving else QUIET_SECONDS
     return new if clock.passed(_last_stamp(old) + timedelta(seconds=quiet)) else old
 
