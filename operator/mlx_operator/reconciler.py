@@ -7,7 +7,7 @@ answered with success; the events last. A conflict or an error means: nothing fu
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -24,6 +24,7 @@ from mlx_operator.logs import decision
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe.shelf import Key
 from mlx_operator.observe.store import Store
+from mlx_operator.turns import Turns
 from mlx_operator.workqueue import WorkQueue
 from mlx_operator_api.conditions import ConditionType
 from mlx_operator_api.status import Status
@@ -74,6 +75,7 @@ class Reconciler:
         self._metrics = metrics
         self._unconfirmed: dict[Key, _Unconfirmed] = {}
         self._bugs: set[str] = set()
+        self._turns = Turns(store)
 
     async def run_worker(self) -> None:
         """Take keys from the queue until cancelled; no failure of a reconcile ends it."""
@@ -113,6 +115,17 @@ class Reconciler:
         Raises:
             KubeError: something is left to do and may succeed when it is repeated.
         """
+        await self._pass(key)
+        if (waiting := self._turns.next()) is not None:
+            self._queue.add(waiting)
+
+    def _planned(self, key: Key, observed: Observed) -> Plan:
+        plan = self._plan(replace(observed, turn=False), self._now())
+        if plan.waits and self._turns.take(key):
+            return self._plan(observed, self._now())
+        return plan
+
+    async def _pass(self, key: Key) -> None:
         for _ in range(_CONFLICTS):
             observed = self._store.observed(key)
             if observed is None or observed.instance["metadata"].get("deletionTimestamp"):
@@ -121,7 +134,7 @@ class Reconciler:
                 self._unconfirmed.pop(key, None)
                 return
             self._confirm(key, observed.instance)
-            plan = self._plan(observed, self._now())
+            plan = self._planned(key, observed)
             try:
                 instance = await self._write(key, observed.instance, plan)
             except ConflictError as conflict:

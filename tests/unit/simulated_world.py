@@ -63,6 +63,7 @@ class World:
         self.notes: dict[str, tuple[str, ...]] = {}
         self.lagging: dict[str, dict[str, Any]] = {}
         self.settings = Settings(runner_image="runner:1", key_id="abcdef0123", started=START)
+        self.turn = True
         self.views: dict[str, RunnerView] = {}
         self.patches: list[Status] = []
         self.events: list[Notice] = []
@@ -82,6 +83,7 @@ class World:
             nodes=dict(self.nodes),
             refusals=dict(self.refusals),
             pod_events=dict(self.notes),
+            turn=self.turn,
         )
 
     def _watched_pods(self) -> tuple[dict[str, Any], ...]:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from mlx_operator.decide.actions import Action, ApplyService, CreatePod, DeletePod, Plan, SendTask
 from mlx_operator.decide.observed import RunnerView
 from mlx_operator.decide.plan import plan
+from mlx_operator_api import names
 from mlx_operator_api.base import format_time
 from mlx_operator_api.conditions import ConditionType
 from mlx_operator_api.runner import judge
@@ -158,7 +159,14 @@ class Cluster(World):
 
     def _in_touch(self, pod: SimPod) -> bool:
         node = self.nodes.get(pod.manifest["spec"].get("nodeName", ""))
-        return not pod.partitioned and node is not None and node.ready
+        return not pod.partitioned and node is not None and node.ready and self._has_our_token(pod)
+
+    def _has_our_token(self, pod: SimPod) -> bool:
+        """A runner lets nobody in with the token of another key."""
+        metadata = self.instance["metadata"]
+        ours = names.secret_name(metadata["name"], metadata["uid"], self.settings.key_id)
+        secrets = [volume["secret"]["secretName"] for volume in pod.manifest["spec"]["volumes"] if "secret" in volume]
+        return ours in secrets
 
     def hear_all(self) -> None:
         for pod in list(self.pods.values()):

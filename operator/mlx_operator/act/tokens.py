@@ -98,6 +98,7 @@ def _key(secret: dict[str, Any], namespace: str, name: str) -> OperatorKey:
     if len(key) < _BYTES:
         raise UnusableKeyError(
             f"Secret {namespace}/{name} has no entry {_ENTRY!r} of at least {_BYTES} bytes: it is not the operator's "
-            "key; delete it (a new one is made, and all runners get new tokens) or name another with --key-secret"
+            "key; delete it (a new one is made, and each instance in turn gets new pods with new tokens) or name "
+            "another with --key-secret"
         )
     return OperatorKey(key)

@@ -101,3 +101,5 @@ class Plan:
     events: tuple[Notice, ...] = ()
     requeue_at: datetime | None = None
     """Plan again at this time even if nothing is observed before (deadlines, back-off)."""
+    waits: bool = False
+    """Nothing is changed before it is this instance's turn (`Observed.turn`)."""

@@ -17,7 +17,8 @@ REPLACE_SECONDS = 10.0
 
 def keep(picture: Picture, status: Status) -> tuple[Action, ...]:
     """Create what is missing, delete what is in the way."""
-    return (*_service(picture), *_surplus(picture), *(a for rank in picture.ranks for a in _pod(picture, status, rank)))
+    pods = (action for rank in picture.ranks for action in _pod(picture, status, rank))
+    return (*service_of(picture), *_surplus(picture), *pods)
 
 
 def remove(picture: Picture) -> tuple[Action, ...]:
@@ -28,10 +29,11 @@ def remove(picture: Picture) -> tuple[Action, ...]:
         if rank.pod is not None
         for deletion in _delete(rank.pod, "the instance is suspended", rank.node_lost)
     )
-    return (*_service(picture), *_surplus(picture), *deletions)
+    return (*service_of(picture), *_surplus(picture), *deletions)
 
 
-def _service(picture: Picture) -> Iterator[Action]:
+def service_of(picture: Picture) -> Iterator[Action]:
+    """Create or correct the client Service."""
     found, wanted = picture.observed.service, picture.wanted
     if found is None or (service.ours(found, wanted) and service.differs(found, wanted)):
         yield ApplyService(names.service_name(wanted.name), service.manifest(wanted))

@@ -316,7 +316,7 @@ def _rejected(rank: Rank, epoch: int, picture: Picture) -> Evidence | None:
 
 def _silence(rank: Rank, picture: Picture) -> Evidence | None:
     view, clock = rank.view, picture.clock
-    if rank.pod is None or view.connected:
+    if rank.pod is None or view.connected or pictures.outdated(rank.pod, picture):
         return None
     last = view.received or picture.settings.started
     limit = picture.wanted.deadline("unreachable")

@@ -98,6 +98,8 @@ class Observed:
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     """By name of the child that is to be created, by uid of the pod that is to be deleted; removed when a later attempt
     succeeds."""
+    turn: bool = True
+    """It may be restarted for a new key of the operator: of those that still serve, one at a time is."""
     pod_events: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By pod uid: what Events say of a pod that waits, or of a container that ended of late, newest first (the
     scheduler's and the kubelet's own words); not read for pods that run."""

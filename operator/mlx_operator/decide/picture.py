@@ -187,6 +187,13 @@ def former(picture: Picture, *, changing: bool) -> Picture:
     return replace(picture, changing=changing)
 
 
+def outdated(pod: PodView, picture: Picture) -> bool:
+    """Its token is of another key of the operator: it lets us in no more, and its silence tells nothing."""
+    wanted = picture.wanted
+    current = names.secret_name(wanted.name, wanted.uid, picture.settings.key_id)
+    return pod.token_secret is not None and pod.token_secret != current
+
+
 def _rank(rank: int, found: PodView | None, observed: Observed, wanted: Wanted, status: Status, clock: Clock) -> Rank:
     ours = found is not None and found.owner_uid == wanted.uid
     pod = found if ours else None

@@ -20,6 +20,7 @@ from . import (
     events,
     facts,
     failure,
+    keys,
     picture,
     problems,
     restart,
@@ -61,6 +62,8 @@ def _follow(view: Picture, old: Status, fault: Unusable | None) -> Plan:
     wanted = view.wanted
     status = old.revised(restarts=restart.spent(old, wanted.restarts, view.clock))
     why = Reason.SUSPENDED if wanted.suspended else epoch.due(view, status)
+    if why is Reason.SPEC_CHANGED and not view.observed.turn and keys.may_wait(view, status):
+        return Plan(old, tuple(children.service_of(view)), requeue_at=keys.again(view), waits=True)
     if why is not Reason.EPOCH_STARTED:
         # Where status knows of no epoch, or of an older one than the runners, its records prove nothing.
         past = picture.former(view, changing=why is not None)

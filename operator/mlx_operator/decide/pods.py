@@ -81,6 +81,8 @@ class PodView:
     """Reason and message of DisruptionTarget, when somebody evicts it."""
     memory_limit: str | None
     container: Container
+    token_secret: str | None = None
+    """Name of the Secret with its token, which tells the operator's key that it was made with."""
     claims: tuple[str, ...] = ()
     """Names of the PersistentVolumeClaims that it mounts."""
     finalizers: tuple[str, ...] = ()
@@ -130,6 +132,7 @@ def view(pod: Manifest) -> PodView:
         disruption=_words(disruption) if disruption.get("status") == "True" else "",
         memory_limit=_memory_limit(spec),
         container=_container(status),
+        token_secret=_token_secret(spec),
         claims=_claims(spec),
         finalizers=tuple(metadata.get("finalizers") or ()),
     )
@@ -179,6 +182,12 @@ def _memory_limit(spec: Mapping[str, Any]) -> str | None:
     )
     limit = ((container.get("resources") or {}).get("limits") or {}).get("memory")
     return None if limit is None else str(limit)
+
+
+def _token_secret(spec: Mapping[str, Any]) -> str | None:
+    volume: Mapping[str, Any] = next((v for v in spec.get("volumes") or () if v.get("name") == "token"), {})
+    name: str | None = (volume.get("secret") or {}).get("secretName")
+    return name
 
 
 def _claims(spec: Mapping[str, Any]) -> tuple[str, ...]:
