@@ -124,7 +124,7 @@ object. A field in **bold** is required. "Refused" lists what the API server ans
 | Annotation | Meaning |
 | --- | --- |
 | `{retry}` | Any new value starts again after `Stalled`. |
-| `{restart}` | Any new value starts a new epoch now, also with a newer default runner image. |
+| `{restart}` | Any new value starts a new epoch now, or on resume; also with a newer default runner image. |
 """
 _BRIEF = re.compile(r"^Status:\n  Brief:\n(?P<lines>(?: {4}.*\n)+)", re.MULTILINE)
 _DEFAULT = re.compile(r" ?Default: (?P<value>[^.]+(?:\.[^ .][^.]*)*)\.")
