@@ -1,12 +1,14 @@
 """The operator goes away, in every phase and in every way; nothing is lost and nothing is done twice."""
 
 import asyncio
+import re
 import time
 from typing import Any
 
 import pytest
 
-from mlx_operator.act.resources import INSTANCES, LEASES, PODS
+from mlx_operator.act.resources import INSTANCES, LEASES, PODS, SECRETS
+from mlx_operator.act.tokens import DEFAULT_KEY_SECRET
 from mlx_operator_api.conditions import ConditionType
 from tests.apiserver.harness import World, again_in, condition, eventually
 from tests.cluster.deploy import NAMESPACE, RELEASE
@@ -63,6 +65,41 @@ async def test_a_failure_while_no_operator_runs_is_found_by_the_next_one(place: 
     failure = after["status"]["history"][0]
     assert failure["rank"] == 1, failure
     assert {pod["metadata"]["uid"] for pod in await place.pods()} == pods
+
+
+async def test_another_key_restarts_one_instance_after_the_other_also_where_the_operator_dies_meanwhile(
+    place: World,
+) -> None:
+    first = await place.operator()
+    instances = ("one", "two", "three")
+    for name in instances:
+        await place.create(name, runners=1)
+    for name in instances:
+        await place.until_ready(name)
+    await first.stop()
+    secret = await place.kube.get(SECRETS, NAMESPACE, DEFAULT_KEY_SECRET)
+    await place.kube.delete(SECRETS, NAMESPACE, DEFAULT_KEY_SECRET, uid=secret["metadata"]["uid"])
+    second = await place.operator()
+
+    async def under_way() -> bool:
+        return _restarts(second.lines()) != []
+
+    await eventually(under_way, "an instance is restarted for the new key")
+    await second.kill()
+    third = await place.operator()
+    for name in instances:
+        instance = await place.until(again_in(2), "Ready again in epoch 2", name=name)
+        assert "history" not in instance["status"], instance["status"]
+        assert instance["status"].get("restarts", 0) == 0
+    restarting: set[str] = set()
+    for name, ready in _restarts(second.lines() + third.lines()):
+        restarting = restarting - {name} if ready == "True" else restarting | {name}
+        assert len(restarting) <= 1, restarting
+
+
+def _restarts(log: str) -> list[tuple[str, str]]:
+    """Name and Ready of each status of epoch 2 that an operator wrote."""
+    return re.findall(r'msg="status written" instance=\S+/(\w+) epoch=2 ready=(\w+)', log)
 
 
 async def test_a_deletion_while_no_operator_runs_leaves_no_child(place: World) -> None:
