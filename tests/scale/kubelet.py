@@ -83,6 +83,15 @@ class InstantSupervisor(Supervisor):
         self.ended.set()
 
 
+async def _closed(listener: asyncio.Server) -> None:
+    """Close it; asyncio would leak a connection that came in the turn before, which has no transport yet."""
+    loop = asyncio.get_running_loop()
+    for listening in listener.sockets:
+        loop.remove_reader(listening.fileno())
+    await asyncio.sleep(0)
+    listener.close()
+
+
 class InstantKubelet(Kubelet):
     """Runs all pods of the namespace in this process."""
 
@@ -154,7 +163,7 @@ class InstantKubelet(Kubelet):
                 await supervisor.ended.wait()
             finally:
                 probing.cancel()
-                listener.close()
+                await _closed(listener)
                 self._cut(container.ip)
             container.ready = False
             ended = {"startedAt": container.started, "finishedAt": _now(), "exitCode": _SIGKILL, "reason": "Error"}

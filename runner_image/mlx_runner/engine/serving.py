@@ -240,7 +240,7 @@ class _Reuse:
     def start(self, second_lane_rows: int | None) -> None:
         """The warm-up is done: what prompts have in common is reused from now on, where that is possible."""
         if second_lane_rows is not None:
-            self._process.events.notice(f"two lanes from {second_lane_rows} requests on, as measured in a warm-up")
+            self._process.events.notice(f"two lanes from {second_lane_rows} requests on")
         size = self._shard.prompt_cache_bytes
         if size == 0:
             self._process.events.notice("prompts are not reused: promptCacheBytes is 0")
