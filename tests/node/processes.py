@@ -26,16 +26,24 @@ def pids_in(cluster: Any, pod: Object) -> dict[str, list[int]]:
             engines.append(pid)
         elif "mlx_runner" in command:
             supervisors.append(pid)
+    names = {pid: name for pid in engines if (name := _name(pid)) is not None}
     # An engine takes its name with its first command; before that, none is in use and one at most may be there.
-    used = [pid for pid in engines if _name(pid) == channel.ENGINE_NAME] or engines
-    return {"engine": used, "spare": [pid for pid in engines if pid not in used], "supervisor": supervisors}
+    used = [pid for pid, name in names.items() if name == channel.ENGINE_NAME] or list(names)
+    # One that ended while the other names were read was never there beside the next one.
+    used = [pid for pid in used if _name(pid) is not None]
+    return {
+        "engine": used,
+        "spare": [pid for pid, name in names.items() if pid not in used and name != channel.ENGINE_NAME],
+        "supervisor": supervisors,
+    }
 
 
-def _name(pid: int) -> str:
+def _name(pid: int) -> str | None:
+    """None: it has ended since it was listed."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
-    except FileNotFoundError:
-        return ""
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def engine_pid(cluster: Any, instance: Instance, rank: int) -> int:
