@@ -1,8 +1,8 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both set up what they need and can be run again and again.
 #
-# What each target of `make test` takes on a machine with 2 cores, warm, beside one other (it prints its own table; 37 minutes together):
-#   lint 0:15   test-unit 2:05   test-model 3:40   test-runner 18:25   test-apiserver 18:15   test-mutation 2:55
-#   test-chaos 3:50   test-scale 1:00   test-node 16:25     (cold: + 15 min of Go builds, 3 min of images, beside the others)
+# What each target of `make test` takes on a machine with 2 cores, warm, beside one other (it prints its own table; 36 minutes together):
+#   lint 0:15   test-unit 1:20   test-model 4:05   test-runner 17:40   test-apiserver 17:55   test-mutation 3:05
+#   test-chaos 3:50   test-scale 1:00   test-node 15:50     (cold: + 15 min of Go builds, 3 min of images, beside the others)
 
 PYTHON ?= python3
 PY := .venv/bin/python
