@@ -15,7 +15,7 @@ from mlx_runner import channel
 from mlx_runner.supervisor.config import Config
 from mlx_runner.supervisor.http import serving
 from mlx_runner.supervisor.metrics import Metrics
-from mlx_runner.supervisor.openai_api import MAX_BODY_BYTES, PublicApi
+from mlx_runner.supervisor.openai_api import CLIENT_LEFT, MAX_BODY_BYTES, PublicApi
 from mlx_runner.supervisor.openai_shapes import Chat
 from mlx_runner.supervisor.supervisor import Supervisor
 from mlx_runner.supervisor.tickets import ServedModel
@@ -129,6 +129,21 @@ async def test_a_bug_is_told_in_the_same_shape_logged_and_counted(
     assert "a bug" not in answer["error"]["message"]
     assert any(record.exc_info and "a bug" in str(record.exc_info[1]) for record in caplog.records)
     assert await served.counted(500) == 1
+
+
+async def test_a_client_that_left_is_no_bug(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    served.raises = ConnectionResetError("Cannot write to closing transport")
+    status, _ = await served.post(CHAT)
+    assert status == CLIENT_LEFT
+    assert not any(record.exc_info for record in caplog.records)
+    assert (await served.counted(CLIENT_LEFT), await served.counted(500)) == (1, 0)
+
+
+async def test_what_is_wrong_with_a_value_is_told_in_our_words(served: Served) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"const": "\ud800"}}}
+    status, answer = await served.post(json.dumps({**json.loads(CHAT), "tools": [tool]}).encode())
+    assert (status, answer["error"]["param"]) == (400, "tools[0].function.parameters")
+    assert answer["error"]["message"].startswith("tools[0].function.parameters: no valid Unicode")
 
 
 async def test_a_bug_in_an_answer_that_has_begun_breaks_it_off(

@@ -177,33 +177,18 @@ async def test_a_drain_ends_at_once_what_waits_for_the_next_epoch(instance: Grou
     assert await pod.exit_code() == 0
 
 
-async def test_a_worker_keeps_serving_until_rank_0_says_goodbye(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tokens", "seconds"), [(20, 0.1), (2, 7.0)], ids=["busy", "waiting for a slow rank"])
+async def test_a_worker_keeps_serving_until_rank_0_says_goodbye(tmp_path: Path, tokens: int, seconds: float) -> None:
     async with group(tmp_path, 2) as instance:
         first, worker = instance.pods
-        first.plan(tokens=20, token_seconds=0.1)
+        first.plan(tokens=tokens, token_seconds=seconds)
         await instance.ready()
         running = asyncio.create_task(post(first, CHAT))
         await first.state(S.RUNNING, 1)
         for pod in (worker, first):
             os.kill(pod.pid, signal.SIGTERM)
         status, answer, _ = await running
-        assert (status, answer["usage"]["completion_tokens"]) == (200, 20)
-        for pod in instance.pods:
-            assert await pod.exit_code() == 0
-            assert all(r.failure is None for r in pod.reports)
-
-
-async def test_a_worker_stays_while_its_engine_waits_for_a_slow_rank(tmp_path: Path) -> None:
-    async with group(tmp_path, 2) as instance:
-        first, worker = instance.pods
-        first.plan(tokens=2, token_seconds=7.0)
-        await instance.ready()
-        running = asyncio.create_task(post(first, CHAT))
-        await first.state(S.RUNNING, 1)
-        for pod in (worker, first):
-            os.kill(pod.pid, signal.SIGTERM)
-        status, answer, _ = await running
-        assert (status, answer["usage"]["completion_tokens"]) == (200, 2)
+        assert (status, answer["usage"]["completion_tokens"]) == (200, tokens)
         for pod in instance.pods:
             assert await pod.exit_code() == 0
             assert all(r.failure is None for r in pod.reports)

@@ -16,13 +16,19 @@ from tests.unit.scenes import condition, ready, see
 from tests.unit.simulator import START, Cluster
 
 
-def test_a_rank_that_fails_for_ever_spends_the_budget_and_leaves_everything_in_place() -> None:
-    cluster = ready(restartPolicy={"maxRestarts": 2})
-    for _ in range(3):
+def spent(budget: int) -> Cluster:
+    """A group whose rank 1 failed until nothing starts again."""
+    cluster = ready(restartPolicy={"maxRestarts": budget})
+    for _ in range(budget + 1):
         cluster.kill_engine(1)
         cluster.run(until=lambda: cluster.stalled() or cluster.ready())
         cluster.run(30)
     assert cluster.stalled()
+    return cluster
+
+
+def test_a_rank_that_fails_for_ever_spends_the_budget_and_leaves_everything_in_place() -> None:
+    cluster = spent(2)
     assert condition(cluster, ConditionType.READY).reason is Reason.RESTART_BUDGET_EXHAUSTED
     assert cluster.status.restarts == 2
     assert set(cluster.pods) == {"tiny-0", "tiny-1"}
@@ -39,12 +45,7 @@ def test_a_rank_that_fails_for_ever_spends_the_budget_and_leaves_everything_in_p
 
 
 def test_a_budget_that_is_raised_after_it_was_spent_starts_the_group_again() -> None:
-    cluster = ready(restartPolicy={"maxRestarts": 1})
-    for _ in range(2):
-        cluster.kill_engine(1)
-        cluster.run(until=lambda: cluster.stalled() or cluster.ready())
-        cluster.run(30)
-    assert cluster.stalled()
+    cluster = spent(1)
     assert cluster.status.epoch == 2
     cluster.change(restartPolicy={"maxRestarts": 1, "backoff": {"initial": "3s"}})
     cluster.run(30)

@@ -29,6 +29,8 @@ from .tickets import NOT_READY
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
+CLIENT_LEFT = 499
+"""As nginx counts it: nobody reads this answer."""
 _PROTECTED = ("/v1/", "/tokenize", "/detokenize")
 """Paths that an API key is for. Probes, metrics and the description of the API stay open."""
 
@@ -171,7 +173,10 @@ class PublicApi:
             response = ApiError(400, str(error), code="invalid_body").response()
         except web.HTTPException as error:
             response = _http_error(request, error).response()
-        except Exception:
+        except ConnectionError as error:
+            log.info("a client left before its answer: %s", error or type(error).__name__)
+            response = ApiError(CLIENT_LEFT, "the client has left", code="client_closed_request").response()
+        except Exception:  # the last resort: whatever it is, the client is told and the log says where
             log.exception("a bug: %s %s", request.method, request.path)
             if request.writer.output_size:
                 raise  # an answer has begun: there cannot be another one

@@ -93,7 +93,8 @@ def _api_error(error: ValidationError) -> ApiError:
         case "unsupported_parameter" | "invalid_value":
             return ApiError(400, f"{where}: {first['msg']}", code=first["type"], param=where)
         case _:
-            return invalid(where, f"{first['msg']}, not {first['input']!r}"[:300])
+            words = first["msg"].removeprefix("Value error, ")  # pydantic's, about a validator of ours
+            return invalid(where, f"{words}, not {first['input']!r}"[:300])
 
 
 def _branch(part: str) -> bool:
