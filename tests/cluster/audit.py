@@ -27,6 +27,7 @@ class Request:
         path: the request's path.
         answered: when the API server had answered it, RFC 3339.
         body: what was sent, for writes of ModelInstances and Events; None elsewhere.
+        causes: why it was refused, in the API's words such as ``NamespaceTerminating``.
     """
 
     verb: str
@@ -40,6 +41,7 @@ class Request:
     path: str
     answered: str = ""
     body: dict[str, Any] | None = None
+    causes: frozenset[str] = frozenset()
 
 
 class AuditLog:
@@ -112,7 +114,7 @@ class AuditLog:
 
 
 def _request(event: dict[str, Any]) -> Request:
-    target = event.get("objectRef", {})
+    target, answer = event.get("objectRef", {}), event.get("responseStatus", {})
     resource = "/".join(part for part in (target.get("resource", ""), target.get("subresource", "")) if part)
     return Request(
         verb=event.get("verb", ""),
@@ -120,10 +122,11 @@ def _request(event: dict[str, Any]) -> Request:
         resource=resource,
         namespace=target.get("namespace", ""),
         name=target.get("name", ""),
-        code=int(event.get("responseStatus", {}).get("code", 0)),
+        code=int(answer.get("code", 0)),
         at=event.get("requestReceivedTimestamp", ""),
         agent=event.get("userAgent", ""),
         path=event.get("requestURI", ""),
         answered=event.get("stageTimestamp", ""),
         body=event.get("requestObject"),
+        causes=frozenset(cause.get("reason", "") for cause in answer.get("details", {}).get("causes", ())),
     )

@@ -101,6 +101,18 @@ async def test_commands_to_an_engine_that_is_gone_are_dropped(tmp_path: Path) ->
     assert engine.progress.steps == 0
 
 
+async def test_the_last_words_of_an_engine_are_heard_although_a_command_to_it_fails(tmp_path: Path) -> None:
+    engine = await start(tmp_path, f"{STARTED} os._exit(70)")
+    # The loop stands still meanwhile: the engine is gone and nothing of it was read.
+    os.waitid(os.P_PID, engine.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222
+    events: list[channel.Event] = []
+    engine.on_event = events.append
+    engine.send(channel.Warmup())
+    exit_ = await asyncio.wait_for(engine.wait(), PATIENCE)
+    assert exit_.code == 70
+    assert [event.kind for event in events] == ["Started"]
+
+
 async def test_there_is_never_more_than_one_engine(tmp_path: Path) -> None:
     engines = Engines(config(tmp_path, f"{PREAMBLE}{STARTED} time.sleep(3600)"), Cgroup())
     engines.prepare()

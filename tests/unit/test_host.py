@@ -1,13 +1,21 @@
-"""What begins in a handler of kopf's holds nothing of kopf's."""
+"""What begins in a handler of kopf's holds nothing of kopf's, and why it ended is not drowned."""
 
 import asyncio
 import gc
+import logging
 import weakref
 from contextvars import ContextVar
 from typing import Any
 
+import aiohttp
+import kopf
+import pytest
+
 from mlx_operator.act.resources import PODS, Resource
+from mlx_operator.errors import HostError
+from mlx_operator.observe import host
 from mlx_operator.observe.host import apart
+from mlx_operator.observe.sweep import Scope
 
 
 class _Body:
@@ -40,3 +48,27 @@ async def test_a_task_that_begins_with_an_event_keeps_nothing_of_what_its_handle
     assert body() is None
     ended.set()
     await began[0]
+
+
+async def test_what_breaks_off_with_the_watches_does_not_have_the_last_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def cut() -> None:
+        raise aiohttp.ClientConnectionError("Connection closed")
+
+    async def operator(**_: Any) -> None:
+        """One of two requests is awaited; that the other failed as well is said when its task is collected."""
+        beside = asyncio.create_task(cut())
+        await asyncio.wait([beside])
+        cycle: list[Any] = [beside]
+        cycle.append(cycle)
+        await cut()
+
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(kopf, "operator", operator)
+    with pytest.raises(HostError, match="Connection closed") as raised:
+        await host.watch(kopf.OperatorRegistry(), Scope(()), asyncio.Event())
+    del raised
+    gc.collect()
+    after = [record for record in caplog.records if "never retrieved" in record.getMessage()]
+    assert [(record.name, record.levelname) for record in after] == [("mlx_operator.observe.host", "DEBUG")]

@@ -4,6 +4,8 @@ Only `on.event` handlers are used, and no storage, finalizer, patch or posting o
 not level-triggered, and its indices lose deletions when a watch starts over.
 """
 
+import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import Context
@@ -17,6 +19,8 @@ from mlx_operator.act.resources import INSTANCES, NODES, PODS, SERVICES, Resourc
 from mlx_operator.errors import HostError
 from mlx_operator.observe.sweep import Scope
 from mlx_operator_api import names
+
+log = logging.getLogger(__name__)
 
 Event = Callable[[Resource, str | None, dict[str, Any]], None]
 Login = Callable[[], Awaitable[kopf.ConnectionInfo]]
@@ -147,4 +151,10 @@ async def watch(handlers: kopf.OperatorRegistry, scope: Scope, ready: Any) -> No
             identity=names.FIELD_MANAGER,
         )
     except (aiohttp.ClientError, TimeoutError) as error:
+        asyncio.get_running_loop().set_exception_handler(_log_aftermath)
         raise HostError(f"{type(error).__name__}: {error}") from error
+
+
+def _log_aftermath(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Requests beside the one that broke off, which nobody awaits any more, must not have the last word in the log."""
+    log.debug("after the watches ended: %s", context["message"], exc_info=context.get("exception"))

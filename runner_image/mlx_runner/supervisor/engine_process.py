@@ -7,7 +7,9 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from pydantic import ValidationError
 
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 _SETTLE_SECONDS = 1.0
 """After the end of the process: for what is still in its pipes (a grandchild may hold them open for ever)."""
 _ENGINE_LINE = "engine: "
+_MAX_LINE_BYTES = 1024 * 1024
+"""Of its output."""
 _FIRST_TO_DIE = 1000
 """oom_score_adj: where memory is short, the kernel takes this process before any other of the container."""
 
@@ -46,7 +50,7 @@ class EngineProcess:
         self._oom_before = cgroup.oom_kills()
         self._stderr = evidence.kept_lines()
         self._killed_for: str | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._commands: asyncio.WriteTransport | None = None
         self._exit: asyncio.Future[evidence.Exit] = asyncio.get_running_loop().create_future()
         self._task: asyncio.Task[None] | None = None
 
@@ -64,8 +68,8 @@ class EngineProcess:
 
     def send(self, command: channel.Command) -> None:
         """Give it a command. Never blocks; a command to an ended engine is dropped, its end is told anyway."""
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(channel.encode(command))
+        if self._commands is not None and not self._commands.is_closing():
+            self._commands.write(channel.encode(command))
 
     def kill(self) -> None:
         """SIGKILL, whatever it does."""
@@ -97,31 +101,26 @@ class EngineProcess:
         """Its exit, once it was reaped and its last words were read."""
         return await asyncio.shield(self._exit)
 
-    def run(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        stderr: asyncio.StreamReader,
-        pipe: asyncio.ReadTransport,
-    ) -> None:
-        """Start to read from it: its channel, and its stderr behind `pipe`."""
-        self._writer = writer
-        self._task = asyncio.create_task(self._supervise(reader, stderr, pipe), name=f"engine-{self.pid}")
+    def run(self, commands: asyncio.WriteTransport, events: "_Pipe", stderr: "_Pipe") -> None:
+        """Start to read from it."""
+        self._commands = commands
+        self._task = asyncio.create_task(self._supervise(events, stderr), name=f"engine-{self.pid}")
         self._task.add_done_callback(_log_bug)
 
-    async def _supervise(
-        self, reader: asyncio.StreamReader, stderr: asyncio.StreamReader, pipe: asyncio.ReadTransport
-    ) -> None:
-        readers = [asyncio.create_task(self._read_events(reader)), asyncio.create_task(self._read_stderr(stderr))]
+    async def _supervise(self, events: "_Pipe", stderr: "_Pipe") -> None:
+        readers = [
+            asyncio.create_task(self._read_events(events.reader)),
+            asyncio.create_task(self._read_stderr(stderr.reader)),
+        ]
         readers[0].add_done_callback(self._deaf)
         code = await self._child.wait()
         _, late = await asyncio.wait(readers, timeout=_SETTLE_SECONDS)
         for task in late:
             task.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
-        pipe.close()
-        if self._writer is not None:
-            self._writer.close()
+        for end in (events.transport, stderr.transport, self._commands):
+            if end is not None:
+                end.close()
         self._last = self._progress.read()
         self._progress.close()
         oom_kills = self._cgroup.oom_kills() - self._oom_before
@@ -215,8 +214,9 @@ async def spawn(config: Config, cgroup: Cgroup, *, background: bool = False) -> 
         )
         on_error.pop_all()
     engine = EngineProcess(child, progress, cgroup)
-    reader, writer = await asyncio.open_unix_connection(sock=our_end, limit=channel.MAX_EVENT_BYTES)
-    engine.run(reader, writer, *await _read_pipe(read_end))
+    commands = await _write_commands(our_end.dup())
+    events = await _read_pipe(our_end.detach(), channel.MAX_EVENT_BYTES)
+    engine.run(commands, events, await _read_pipe(read_end, _MAX_LINE_BYTES))
     return engine
 
 
@@ -245,9 +245,33 @@ def engine_environment(config: Config, cgroup: Cgroup, page: Path, fd: int) -> M
     return environment
 
 
-async def _read_pipe(fd: int) -> tuple[asyncio.StreamReader, asyncio.ReadTransport]:
-    reader = asyncio.StreamReader(limit=1024 * 1024)
+@dataclass(frozen=True)
+class _Pipe:
+    """Where an engine is heard."""
+
+    reader: asyncio.StreamReader
+    transport: asyncio.ReadTransport
+
+
+async def _read_pipe(fd: int, limit: int) -> _Pipe:
+    reader = asyncio.StreamReader(limit=limit)
     pipe = os.fdopen(fd, "rb", buffering=0)
     loop = asyncio.get_running_loop()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
-    return reader, transport
+    return _Pipe(reader, transport)
+
+
+class _WriteOnly(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast("asyncio.ReadTransport", transport).pause_reading()
+
+
+async def _write_commands(sock: socket.socket) -> asyncio.WriteTransport:
+    """Our end of the channel once more, for writing alone.
+
+    asyncio reads no more from a transport that it could not write to: the last words of an engine that ended while a
+    command was on its way would be lost.
+    """
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_unix_connection(_WriteOnly, sock=sock)
+    return transport

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.apiserver.crd.kubectl import Kubectl
+from tests.apiserver.crd.kubectl import CRD, Kubectl
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.deploy import ROOT
 from tests.cluster.waiting import tell
@@ -22,5 +22,5 @@ def kubectl(server: ApiServer) -> Kubectl:
     """The administrator's kubectl; the CRD is established."""
     kubectl = Kubectl(server.binaries / "kubectl", server.kubeconfig)
     assert "created" in kubectl.run("apply", "-f", str(ROOT / "crds"))
-    kubectl.run("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+    kubectl.await_crd(CRD)
     return kubectl

@@ -6,6 +6,10 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_operator_api import names
+from tests.cluster.waiting import wait_until
+
+CRD = f"{names.PLURAL}.{names.GROUP}"
 SECONDS = 60.0
 
 
@@ -42,3 +46,12 @@ class Kubectl:
     def get(self, *arguments: str) -> Any:
         """`kubectl get … -o json`."""
         return json.loads(self.run("get", *arguments, "-o", "json"))
+
+    def await_crd(self, name: str) -> None:
+        """Wait until a CRD is served. `kubectl wait` fails at one that the API server has not looked at yet."""
+
+        def established() -> bool:
+            conditions = self.get("crd", name).get("status", {}).get("conditions") or ()
+            return any((c["type"], c["status"]) == ("Established", "True") for c in conditions)
+
+        wait_until(established, what=f"the CRD {name} is established", seconds=SECONDS)

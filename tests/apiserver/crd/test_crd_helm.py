@@ -6,13 +6,12 @@ from collections.abc import Iterator
 import pytest
 
 from mlx_operator_api import names
-from tests.apiserver.crd.kubectl import Kubectl
+from tests.apiserver.crd.kubectl import CRD, Kubectl
 from tests.cluster import binaries
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.deploy import NAMESPACE, RELEASE, ROOT, Helm
 from tests.cluster.waiting import tell
 
-CRD = f"{names.PLURAL}.{names.GROUP}"
 CRDS_RELEASE = f"{RELEASE}-crds"
 
 
@@ -48,7 +47,7 @@ def test_without_the_crd_the_notes_say_what_is_missing(helm: Helm) -> None:
 def test_the_crds_install_upgrade_and_outlive_their_release(helm: Helm, admin: Kubectl) -> None:
     helm.install_crds()
     helm.install_crds()
-    admin.run("wait", "--for=condition=Established", f"crd/{CRD}", "--timeout=30s")
+    admin.await_crd(CRD)
     instance = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,

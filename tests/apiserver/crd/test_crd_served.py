@@ -25,7 +25,7 @@ from mlx_operator_api.status import (
     RunnerStatus,
     Status,
 )
-from tests.apiserver.crd.kubectl import Kubectl
+from tests.apiserver.crd.kubectl import CRD, Kubectl
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.deploy import ROOT
 
@@ -66,7 +66,7 @@ def test_applying_the_crd_again_changes_nothing(kubectl: Kubectl) -> None:
 
 
 def test_the_server_found_nothing_to_complain_about(kubectl: Kubectl) -> None:
-    found = kubectl.get("crd", f"{names.PLURAL}.{names.GROUP}")
+    found = kubectl.get("crd", CRD)
     conditions = {c["type"]: c["status"] for c in found["status"]["conditions"]}
     assert conditions["Established"] == conditions["NamesAccepted"] == "True"
     assert "NonStructuralSchema" not in conditions
