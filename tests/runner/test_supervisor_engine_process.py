@@ -1,6 +1,7 @@
 """One engine process and the pair of pipes to it: garbage, a closed channel, a bug of ours."""
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -111,6 +112,17 @@ async def test_the_last_words_of_an_engine_are_heard_although_a_command_to_it_fa
     exit_ = await asyncio.wait_for(engine.wait(), PATIENCE)
     assert exit_.code == 70
     assert [event.kind for event in events] == ["Started"]
+
+
+async def test_an_engine_killed_with_a_command_unread_is_no_error_of_its_supervisor(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = await start(tmp_path, f"{STARTED} time.sleep(3600)")
+    await until(lambda: engine.started)
+    engine.send(channel.Warmup())
+    engine.kill()
+    await asyncio.wait_for(engine.wait(), PATIENCE)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 async def test_there_is_never_more_than_one_engine(tmp_path: Path) -> None:

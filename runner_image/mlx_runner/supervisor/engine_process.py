@@ -215,8 +215,7 @@ async def spawn(config: Config, cgroup: Cgroup, *, background: bool = False) -> 
         on_error.pop_all()
     engine = EngineProcess(child, progress, cgroup)
     commands = await _write_commands(our_end.dup())
-    events = await _read_pipe(our_end.detach(), channel.MAX_EVENT_BYTES)
-    engine.run(commands, events, await _read_pipe(read_end, _MAX_LINE_BYTES))
+    engine.run(commands, await _read_socket(our_end, channel.MAX_EVENT_BYTES), await _read_pipe(read_end))
     return engine
 
 
@@ -250,14 +249,22 @@ class _Pipe:
     """Where an engine is heard."""
 
     reader: asyncio.StreamReader
-    transport: asyncio.ReadTransport
+    transport: asyncio.BaseTransport
 
 
-async def _read_pipe(fd: int, limit: int) -> _Pipe:
-    reader = asyncio.StreamReader(limit=limit)
+async def _read_pipe(fd: int) -> _Pipe:
+    reader = asyncio.StreamReader(limit=_MAX_LINE_BYTES)
     pipe = os.fdopen(fd, "rb", buffering=0)
     loop = asyncio.get_running_loop()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+    return _Pipe(reader, transport)
+
+
+async def _read_socket(sock: socket.socket, limit: int) -> _Pipe:
+    """Unlike that of a pipe, asyncio's transport of a socket takes a reset as an end and no error for the log."""
+    reader = asyncio.StreamReader(limit=limit)
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_unix_connection(lambda: asyncio.StreamReaderProtocol(reader), sock=sock)
     return _Pipe(reader, transport)
 
 
