@@ -89,8 +89,9 @@ class Rank:
                 self.events.put(channel.decode_event(line))
         self.events.put(None)
 
-    def send(self, command: channel.Command) -> None:
-        self._ours.sendall(channel.encode(command))
+    def send(self, *commands: channel.Command) -> None:
+        """Together: the engine finds them all where it finds the first."""
+        self._ours.sendall(b"".join(channel.encode(command) for command in commands))
 
     def next(self, seconds: float = SECONDS) -> channel.Event:
         """The next event, of whatever kind."""

@@ -158,7 +158,18 @@ class Pod:
 
     def plan(self, **plan: Any) -> None:
         """What the fake engine does from its next command on."""
-        self.plan_file.write_text(json.dumps(plan))
+        # Whole at once: engines may read it at any time.
+        new = self.plan_file.with_suffix(".new")
+        new.write_text(json.dumps(plan))
+        new.replace(self.plan_file)
+
+    def kill_whole(self) -> None:
+        """SIGKILL for the supervisor and its engines together: none of them sees another one die."""
+        engines = self.children()
+        os.kill(self.pid, signal.SIGSTOP)
+        for pid in engines:
+            os.kill(pid, signal.SIGKILL)
+        os.kill(self.pid, signal.SIGKILL)
 
     # -- reports
     @property

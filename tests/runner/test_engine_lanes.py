@@ -104,9 +104,7 @@ def test_a_late_short_request_is_answered_before_a_long_prompt_is_read(wide: Ran
     for number in range(4):
         leader.send(generate(f"running-{number}", PROMPTS[number], 300))
     leader.expect(channel.Delta, where=lambda event: event.id == "running-3")
-    leader.send(generate("long", LONG, 2))
-    leader.expect(channel.Accepted, where=lambda event: event.id == "long")
-    leader.send(generate("late", PROMPTS[5][:6], 2))
+    leader.send(generate("long", LONG, 2), generate("late", PROMPTS[5][:6], 2))
     for name in ["late", "long"]:
         leader.answer(name)
     order = [event.id for event in leader.seen if isinstance(event, channel.Delta)]

@@ -134,6 +134,7 @@ async def test_an_engine_that_is_killed_or_frozen_is_the_cause_and_its_peers_the
             async with answering(instance):
                 await confirm(row, instance, send(victim, number))
         else:
+            await at_rest(instance)
             await confirm(row, instance, send(victim, number))
         await heals(instance, 2, engines)
 

@@ -66,8 +66,9 @@ async def test_a_supervisor_that_dies_takes_its_engine_along_and_its_successor_t
         incarnation, engines = victim.report.incarnation, victim.children()
         began = time.monotonic()
         if row.reason is Reason.OUT_OF_MEMORY:
-            os.kill(victim.engines()[0], signal.SIGKILL)
-        send(victim.pid, signal.SIGKILL)
+            victim.kill_whole()
+        else:
+            send(victim.pid, signal.SIGKILL)
         lost = await leader.state(S.FAILED, 1)
         assert lost.failure is not None
         assert (lost.failure.reason, lost.peer) == (row.others, 1)

@@ -13,6 +13,7 @@ from mlx_operator_api.tasks import (
     Sharding,
     StartWarmup,
 )
+from mlx_runner import sockets
 from tests.faults import Fault, Layer, fault
 
 from .faulting import ask, confirm, engines_of, heals, instance_of, met
@@ -47,6 +48,7 @@ async def test_a_stranger_that_takes_a_neighbours_place_costs_one_epoch_and_no_m
         await first.send(instance.peers())
         await first.until(lambda r: r.ring_listening, "a listening ring port")
         _, stranger = await asyncio.open_connection(first.host, ring_port(1))
+        await met(lambda: not sockets.listens(ring_port(1), first.host), "the ring took the stranger")
         await last.send(instance.peers())
         await confirm(row, instance, began)
         stranger.close()

@@ -76,6 +76,8 @@ async def test_the_next_epoch_takes_the_spares_which_cost_no_cpu_until_then(tmp_
 
 
 async def without_spares(instance: Group) -> float:
-    for pid in await spares(instance):
+    killed = await spares(instance)
+    for pid in killed:
         os.kill(pid, signal.SIGKILL)
+    await met(lambda: all(f"signal 9 (SIGKILL) pid={pid}\n" in log(instance) for pid in killed), "their ends are seen")
     return await restart(instance, 2)

@@ -139,13 +139,13 @@ async def test_what_the_engine_says_of_its_failure_is_told_as_it_is(tmp_path: Pa
 
 async def test_a_connect_that_never_ends_names_the_rank_it_waits_for(tmp_path: Path) -> None:
     async with group(tmp_path, 2) as instance:
-        instance.deadlines = DeadlineSeconds(connect=1.0)
+        instance.deadlines = DeadlineSeconds(connect=5.0)
         await instance.create()
         await met(lambda: "engine started" in instance.pods[0].log, "the engine is there")
         await instance.pods[0].send(instance.peers())
         report = await instance.pods[0].until(lambda r: r.waiting_for == (1,), "a rank that is waited for")
         assert report.state is S.CONNECTING
-        message = "not connected within 1 s: still waiting for rank 1"
+        message = "not connected within 5 s: still waiting for rank 1"
         assert await failure_of(instance, 0) == (Reason.CONNECT_TIMEOUT, message, None)
 
 
@@ -161,7 +161,7 @@ async def test_a_task_that_never_ends_misses_its_deadline(
 ) -> None:
     async with group(tmp_path, 1) as instance:
         pod = instance.pods[0]
-        instance.deadlines = DeadlineSeconds(load=1.0, warmup=1.0)
+        instance.deadlines = DeadlineSeconds(**{hang.lower(): 1.0})
         pod.plan(hang=hang)
         await instance.create()
         await instance.download()
@@ -172,6 +172,7 @@ async def test_a_task_that_never_ends_misses_its_deadline(
             await pod.send(StartWarmup())
         assert await failure_of(instance, 0) == (reason, message, None)
         pod.plan()
+        instance.deadlines = DeadlineSeconds()
         await instance.ready(2)
 
 
@@ -239,8 +240,7 @@ async def test_the_successor_tells_what_its_predecessor_was_doing(tmp_path: Path
         pod = instance.pods[0]
         await instance.ready()
         incarnation = pod.report.incarnation
-        for pid in [*pod.engines(), pod.pid]:
-            os.kill(pid, signal.SIGKILL)
+        pod.kill_whole()
         assert await pod.exit_code() == -signal.SIGKILL
         for _ in range(2):
             await pod.start()

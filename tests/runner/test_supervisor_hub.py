@@ -130,7 +130,7 @@ async def test_a_killed_download_is_told_and_the_next_attempt_goes_on(hub: Hub, 
         await instance.create(source=SOURCE)
         pod = instance.pods[0]
         await pod.send(DownloadModel())
-        await hub.until(lambda: hub.sent("embed") == 30_000)
+        await hub.until(lambda: written(tmp_path) == [30_000])
         (child,) = downloads(pod)
         os.kill(child, signal.SIGKILL)
         outcome = await pod.outcome(TaskName.DOWNLOAD_MODEL, 1, *ENDED)
@@ -141,6 +141,12 @@ async def test_a_killed_download_is_told_and_the_next_attempt_goes_on(hub: Hub, 
         assert outcome.phase is TaskPhase.COMPLETE, outcome.message
         (path,) = (tmp_path / "cache").glob("models--org--tiny/snapshots/*/model-embed.safetensors")
         assert hub.sent("embed") == path.stat().st_size
+
+
+def written(tmp_path: Path) -> list[int]:
+    """Bytes on disk of each file that is not whole yet."""
+    blobs = tmp_path / "cache" / "models--org--tiny" / "blobs"
+    return [file.stat().st_size for file in blobs.glob("*.incomplete")]
 
 
 async def test_a_shutdown_ends_a_download_that_hangs(hub: Hub, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ async def test_a_planned_shutdown_lets_requests_finish_and_the_next_epoch_goes_o
     pod.plan(tokens=10, token_seconds=0.1)
     await instance.ready()
     quick = asyncio.create_task(post(pod, CHAT))
-    await metric(pod, "mlx_runner_num_requests_running 1.0")
+    await metric(pod, "mlx_runner_time_to_first_token_seconds_count 1.0")  # the engine has read its plan
     pod.plan(tokens=10_000, token_seconds=0.05)
     lines: list[str] = []
     endless = asyncio.create_task(events(pod, CHAT, lines))
@@ -203,8 +203,7 @@ async def test_a_worker_that_waits_for_a_rank_0_that_is_gone_ends(tmp_path: Path
         await first.state(S.RUNNING, 1)
         os.kill(worker.pid, signal.SIGTERM)
         await worker.until(lambda r: r.draining, "draining")
-        for pid in (first.pid, *first.children()):
-            os.kill(pid, signal.SIGKILL)
+        first.kill_whole()
         with pytest.raises(aiohttp.ClientError):
             await running
         assert await worker.exit_code() == 0

@@ -111,9 +111,10 @@ class Control:
         response = web.StreamResponse(headers={"Content-Type": _NDJSON, "Cache-Control": "no-cache"})
         self._streams.add(backlog)
         unsubscribe = self._supervisor.machine.subscribe(listener)
+        first = self._supervisor.heartbeat()  # before anything that the listener hears
         try:
             await response.prepare(request)
-            await write(response, _line(self._supervisor.heartbeat()).encode() + b"\n")
+            await write(response, _line(first).encode() + b"\n")
             while not overrun.is_set() and (report := await self._next(backlog)) is not None:
                 await write(response, _line(report).encode() + b"\n")
             if overrun.is_set():
@@ -132,7 +133,8 @@ class Control:
             async with asyncio.timeout(HEARTBEAT_SECONDS):
                 return await backlog.get()
         except TimeoutError:
-            return self._supervisor.heartbeat()
+            # One that came in that very moment has a lower `seq` than a heartbeat made now.
+            return self._supervisor.heartbeat() if backlog.empty() else backlog.get_nowait()
 
     async def metrics(self, request: web.Request) -> web.Response:
         """Prometheus."""
