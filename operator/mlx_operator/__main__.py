@@ -3,13 +3,19 @@
 import asyncio
 import gc
 import logging
+import os
+import signal
 import sys
 
-from mlx_operator.decide.plan import plan
-from mlx_operator.errors import HostError, StartError
-from mlx_operator.logs import configure, decision
-from mlx_operator.main import Process
-from mlx_operator.options import OptionError, parse
+# PID 1 is not ended by a signal that it does not handle: one that came during the imports would be lost, and the pod
+# would stay for its whole grace period. Nothing has begun that had to end in good order.
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+from mlx_operator.decide.plan import plan  # noqa: E402
+from mlx_operator.errors import HostError, StartError  # noqa: E402
+from mlx_operator.logs import configure, decision  # noqa: E402
+from mlx_operator.main import Process  # noqa: E402
+from mlx_operator.options import OptionError, parse  # noqa: E402
 
 
 def main() -> int:
