@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,8 +114,8 @@ class Layers:
         )
         try:
             assert process.stdout is not None
-            async for line in process.stdout:
-                self._say(run, line.decode(errors="replace").rstrip("\n"))
+            async for line in lines_of(process.stdout):
+                self._say(run, line)
             run.code = await process.wait()
         finally:
             if process.returncode is None:
@@ -147,6 +147,19 @@ class Layers:
             print(f"{run.layer.name:<12} {'passed' if run.code == 0 else 'FAILED':<8} {_clock(run.took):>6}")
         for layer in self._left_out:
             print(f"{layer.name:<12} {'not run':<8}        because {layer.after} failed")
+
+
+async def lines_of(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Lines of a program's output, however long: a StreamReader's own end in an error at a limit."""
+    begun: list[bytes] = []
+    while chunk := await stream.read(1 << 16):
+        end, *more = chunk.split(b"\n")
+        begun.append(end)
+        for begin in more:
+            yield b"".join(begun).decode(errors="replace")
+            begun = [begin]
+    if rest := b"".join(begun):
+        yield rest.decode(errors="replace")
 
 
 def _clock(seconds: float) -> str:
