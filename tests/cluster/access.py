@@ -182,7 +182,7 @@ class ClusterAccess:
             raise ClusterError("No node runs, so no Service can be reached; start one with `start-node NODE`.")
         with tempfile.TemporaryDirectory(prefix="mlxop-forward-") as folder:
             port_file, log = Path(folder) / "port", Path(folder) / "log"
-            argv = forward_command(self.network.path(through), 0, f"{host}:{port}", port_file)
+            argv = forward_command(self.network.path(through), "0", f"{host}:{port}", port_file)
             record = spawn(argv, record=Path(folder) / "record", log=log, cgroup=self.node(through).group.tracker)
             try:
                 wait_until(port_file.exists, what="the forwarder listens", seconds=20, log=log)

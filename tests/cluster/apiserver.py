@@ -29,8 +29,6 @@ CONTROLLERS = (
 )
 _PROGRAMS = frozenset({"etcd", "kube-apiserver", "kube-controller-manager", "kubectl"})
 _COMPONENTS = ("controller-manager", "apiserver", "etcd")
-# Below the kernel's range for outgoing connections, so that a stopped server's port is not taken by a client.
-_PORTS = range(20000, 32000, 2)
 _ATTEMPTS = 4
 _READY_SECONDS = 90.0
 
@@ -290,7 +288,8 @@ def _sweep() -> None:
 def _free_pair() -> int:
     """Return a port that is free together with the next one."""
     # Which port it is must differ between runs, not be secret.
-    for port in random.sample(_PORTS, 200):
+    for port in random.sample(prerequisites.PORTS[::2], 200):
         if prerequisites.port_is_free(port) and prerequisites.port_is_free(port + 1):
             return port
-    raise ClusterError(f"No free ports between {_PORTS.start} and {_PORTS.stop} of 127.0.0.1: end what listens there.")
+    first, last = prerequisites.PORTS[0], prerequisites.PORTS[-1]
+    raise ClusterError(f"No free ports between {first} and {last} of 127.0.0.1: end what listens there.")

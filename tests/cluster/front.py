@@ -1,13 +1,15 @@
 """Forward a loopback port into a network namespace: listen here, then move over, then connect from there.
 
-Run as a program: ``front.py NAMESPACE_FILE PORT TARGET_HOST:PORT PORT_FILE``. PORT 0 takes any free one; the port taken
-is written to PORT_FILE once connections are accepted. A socket stays in the namespace it was made in, so the process
-that listened on loopback of the host connects from inside the cluster.
+Run as a program: ``front.py NAMESPACE_FILE PORT TARGET_HOST:PORT PORT_FILE``. PORT 0 takes any free one, FIRST-LAST one
+of a range; the port taken is written to PORT_FILE once connections are accepted. A socket stays in the namespace it was
+made in, so the process that listened on loopback of the host connects from inside the cluster.
 """
 
 import asyncio
 import ctypes
+import errno
 import os
+import random
 import socket
 import sys
 from pathlib import Path
@@ -66,10 +68,31 @@ async def _serve(listener: socket.socket, host: str, port: int, port_file: Path)
         await server.serve_forever()
 
 
+def listen(ports: str) -> socket.socket:
+    """Listen on a port of loopback.
+
+    Args:
+        ports: ``PORT``, where 0 is any free one, or ``FIRST-LAST``: a free one of these.
+
+    Raises:
+        OSError: the port, or the whole range, is in use.
+    """
+    first, _, last = ports.partition("-")
+    wanted = range(int(first), int(last or first) + 1)
+    # In random order: two that start at once seldom want the same.
+    for port in random.sample(wanted, len(wanted)):
+        try:
+            return socket.create_server(("127.0.0.1", port), backlog=256)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise OSError(errno.EADDRINUSE, f"port {ports} of 127.0.0.1: {os.strerror(errno.EADDRINUSE)}")
+
+
 def main(namespace: str, port: str, target: str, port_file: str) -> None:
     """Forward until killed."""
     host, _, target_port = target.rpartition(":")
-    listener = socket.create_server(("127.0.0.1", int(port)), backlog=256)
+    listener = listen(port)
     enter_network(namespace)
     asyncio.run(_serve(listener, host, int(target_port), Path(port_file)))
 

@@ -15,7 +15,7 @@ from tests.cluster.network import HUB, HUB_ADDRESS, Network
 from tests.cluster.node import API_PORT, forward_command
 from tests.cluster.paths import ClusterPaths
 from tests.cluster.pki import Pki
-from tests.cluster.prerequisites import taken_port
+from tests.cluster.prerequisites import PORTS, taken_port
 from tests.cluster.processes import Record, spawn
 from tests.cluster.waiting import Progress, ended, wait_until
 
@@ -85,7 +85,8 @@ class Hub:
                     raise ClusterError(taken[0])
                 wanted = 0
             port_file.unlink(missing_ok=True)
-            argv = forward_command(self._network.path(HUB), wanted, f"{HUB_ADDRESS}:{API_PORT}", port_file)
+            ports = str(wanted or f"{PORTS[0]}-{PORTS[-1]}")
+            argv = forward_command(self._network.path(HUB), ports, f"{HUB_ADDRESS}:{API_PORT}", port_file)
             # It starts in the host's network and moves over by itself.
             spawn(
                 argv,

@@ -207,14 +207,14 @@ class Node:
         )
 
 
-def forward_command(network: Path, port: int, target: str, port_file: Path) -> list[str]:
+def forward_command(network: Path, port: str, target: str, port_file: Path) -> list[str]:
     """Return the command line of the forwarder from loopback into a namespace (see ``front.py``)."""
     return [
         sys.executable,
         "-I",
         str(Path(__file__).with_name("front.py")),
         str(network),
-        str(port),
+        port,
         target,
         str(port_file),
     ]

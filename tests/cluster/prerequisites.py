@@ -22,6 +22,8 @@ _PROGRAMS = {
     "unshare": "util-linux",
     "mount": "mount",
 }
+# Below the kernel's range for outgoing connections, so that a stopped server's port is not taken by a client.
+PORTS = range(20000, 32000)
 _CAPABILITIES = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN"}
 _BRIDGE_FILTER = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
 # These are replaced by private ones inside a node.
