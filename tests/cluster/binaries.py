@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Mapping, Set
 
-from tests.cluster.buildcache import BuildError, Progress, check_disk, key_of, key_of_files, locked, run
+from tests.cluster.buildcache import BuildError, Progress, check_disk, key_of, key_of_files, locked, persistently, run
 from tests.cluster.paths import cache_root
 
 MODULES = pathlib.Path(__file__).resolve().parent / "go"
@@ -28,6 +28,10 @@ BUILD_DEADLINE_SECONDS = 3600.0
 QUERY_DEADLINE_SECONDS = 120.0
 # A build of everything from nothing leaves 6.4 GB of build cache, 3.0 GB of modules and 0.8 GB of programs.
 DISK_NEEDED_BYTES = 11 << 30
+# In what Go says when a module could not be fetched this time; a program that does not compile will not do so later.
+_NETWORK_TROUBLE = re.compile(
+    r"timeout|timed out|connection (?:reset|refused)|TLS|\b50[0-4] [A-Z]|(?<!syntax error: unexpected )\bEOF\b"
+)
 _GO_REMEDY = "install Go from your distribution or from the Go project, put `go` on PATH, and run this again"
 
 
@@ -234,16 +238,18 @@ def _build(project: Project, program: str, target: pathlib.Path, progress: Progr
     progress(f"{program}: building with {toolchain(project.folder).version}")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    build = functools.partial(
+        run,
+        ["go", "build", *BUILD_FLAGS, "-ldflags", link_flags(project), "-o", unfinished, project.programs[program]],
+        what=f"building {program}",
+        progress=progress,
+        remedy="read what Go says (a module that cannot be fetched: check GOPROXY) and run this again",
+        deadline_seconds=BUILD_DEADLINE_SECONDS,
+        cwd=project.folder,
+        env=_go_environment(),
+    )
     try:
-        run(
-            ["go", "build", *BUILD_FLAGS, "-ldflags", link_flags(project), "-o", unfinished, project.programs[program]],
-            what=f"building {program}",
-            progress=progress,
-            remedy="read what Go says (a module that cannot be fetched: check GOPROXY) and run this again",
-            deadline_seconds=BUILD_DEADLINE_SECONDS,
-            cwd=project.folder,
-            env=_go_environment(),
-        )
+        persistently(build, progress, worth=_NETWORK_TROUBLE)
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)

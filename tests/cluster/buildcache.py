@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,9 @@ Progress = Callable[[str], None]
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 HEARTBEAT_SECONDS = 30.0
+ATTEMPTS = 3
+PAUSE_SECONDS = 5.0
+"""Before another attempt to download."""
 LOCK_DEADLINE_SECONDS = 3600.0
 _LOCK_POLL_SECONDS = 0.2
 _GRACE_SECONDS = 10.0
@@ -151,6 +155,28 @@ def run(
         took = time.monotonic() - started
         raise BuildError(f"{what} failed after {took:.0f} s ({why}); {remedy}; its last lines:\n{_tail(text)}")
     return text
+
+
+def persistently(step: Callable[[], str], progress: Progress, worth: re.Pattern[str] = re.compile("")) -> str:
+    """Does a step that downloads, and again when it fails: a mirror that stumbles once must not end a whole set-up.
+
+    Args:
+        step: what is done, `ATTEMPTS` times at most.
+        progress: told that it failed and is tried again.
+        worth: only an error whose words match this is worth another attempt.
+
+    Raises:
+        BuildError: the last attempt failed, or one for a reason that another attempt would not change.
+    """
+    for attempt in range(2, ATTEMPTS + 1):
+        try:
+            return step()
+        except BuildError as error:
+            if not worth.search(str(error)):
+                raise
+            progress(f"{error}\ntrying again, attempt {attempt} of {ATTEMPTS}")
+        time.sleep(PAUSE_SECONDS)
+    return step()
 
 
 def _wait(process: subprocess.Popen[bytes], what: str, progress: Progress, deadline: float) -> bool:

@@ -6,6 +6,7 @@ that image are unchanged. By hand: `python -m tests.cluster.images [all|system|b
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import pathlib
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable
 from hack.requirements import requirements_of
 from tests.cluster import binaries, oci
 from tests.cluster.buildah import Store, check_prerequisites
-from tests.cluster.buildcache import REPOSITORY, BuildError, Progress, key_of, key_of_files, locked, run
+from tests.cluster.buildcache import REPOSITORY, BuildError, Progress, key_of, key_of_files, locked, persistently, run
 from tests.cluster.paths import cache_root
 
 PAUSE, COREDNS, BASE = "localhost/pause:1", "localhost/coredns:1", "localhost/base:1"
@@ -190,13 +191,15 @@ def _base_key() -> str:
 
 
 def _bootstrap(tar: pathlib.Path, progress: Progress) -> None:
-    run(
+    install = functools.partial(
+        run,
         [*_MMDEBSTRAP, tar],
         what="installing Debian in a folder",
         progress=progress,
         remedy="check that this machine reaches Debian's packages and run this again",
         deadline_seconds=_BASE_DEADLINE_SECONDS,
     )
+    persistently(install, progress)
 
 
 def _one_program(program: pathlib.Path) -> oci.WriteLayer:

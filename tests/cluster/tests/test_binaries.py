@@ -221,3 +221,55 @@ def test_a_command_past_its_deadline_is_ended_and_says_so(
     while pathlib.Path(f"/proc/{child.read_text().strip()}/exe").exists():
         assert time.monotonic() < deadline, "the command's own child outlived it"
         time.sleep(0.01)
+
+
+def flaky(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *says: str) -> pathlib.Path:
+    """A `go` whose builds fail with these words one by one, and work afterwards; returns the list of its runs."""
+    real, runs = shutil.which("go"), tmp_path / "runs"
+    for number, words in enumerate(says, 1):
+        (tmp_path / f"says-{number}").write_text(f"{words}\n")
+    go = tmp_path / "path" / "go"
+    go.parent.mkdir()
+    go.write_text(
+        f'#!/bin/sh\n[ "$1" = build ] || exec {real} "$@"\necho "$1" >> {runs}\n'
+        f'said={tmp_path}/says-$(wc -l < {runs})\n[ ! -e "$said" ] || {{ cat "$said"; exit 1; }}\nexec {real} "$@"\n'
+    )
+    go.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{go.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(buildcache, "PAUSE_SECONDS", 0.0)
+    return runs
+
+
+@needs_go
+def test_a_module_that_could_not_be_fetched_is_fetched_again(
+    modules: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = "main.go:3:8: reading https://proxy.example.test/x/@v/v1.0.0.zip:"
+    runs = flaky(tmp_path, monkeypatch, f"{where} 502 Bad Gateway", f"{where} unexpected EOF")
+    lines: list[str] = []
+    folder = binaries.ensure(lines.append, only={"one"})
+    assert says(folder / "one") == "first"
+    assert len(runs.read_text().split()) == 3
+    again = [line for line in lines if "trying again" in line]
+    assert ["502 Bad Gateway" in line for line in again] == [True, False]
+    assert again[0].endswith("trying again, attempt 2 of 3")
+
+
+@needs_go
+@pytest.mark.parametrize(
+    ("words", "builds"),
+    [
+        ("dial tcp 192.0.2.1:443: i/o timeout", 3),
+        ("read: connection reset by peer", 3),
+        ("net/http: TLS handshake timeout", 3),
+        ("main.go:3:15: undefined: function", 1),
+        ("main.go:4:1: syntax error: unexpected EOF, expecting }", 1),
+    ],
+)
+def test_only_trouble_with_the_network_is_tried_again_and_not_for_ever(
+    modules: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, words: str, builds: int
+) -> None:
+    runs = flaky(tmp_path, monkeypatch, *[words] * 4)
+    with pytest.raises(BuildError, match=re.escape(words)):
+        binaries.ensure(print, only={"one"})
+    assert len(runs.read_text().split()) == builds
