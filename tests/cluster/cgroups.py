@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tests.cluster.errors import ClusterError
@@ -92,27 +92,19 @@ class Group:
         while state.read_text().strip() != "FROZEN" and time.monotonic() < deadline:
             time.sleep(0.005)
         try:
-            self._signal_all()
+            _kill(self.pids())
         finally:
             state.write_text("THAWED")
 
     def _emptied(self) -> bool:
         pids = self.pids()
-        for pid in pids:
-            # Children of this very process stay zombies, and members, until they are waited for.
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
-        if pids:
-            self._signal_all()
+        _kill(pids)
         return not pids
 
-    def _signal_all(self) -> None:
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
     def remove(self, *, keep_top: bool = False) -> None:
-        """Remove the group's folders in every hierarchy, deepest first.
+        """Remove the group's folders in every hierarchy, deepest first; what is in them by now is killed.
+
+        A program that was being started during `kill` joins its group afterwards.
 
         Args:
             keep_top: keep the group itself, and only remove what is below it.
@@ -126,6 +118,7 @@ class Group:
             def gone(top: Path = top) -> bool:
                 folders = [folder for folder in _tree(top) if not (keep_top and folder == top)]
                 for folder in folders:
+                    _kill(_pids(folder))
                     with contextlib.suppress(OSError):
                         folder.rmdir()
                 return not any(folder.exists() for folder in folders)
@@ -173,6 +166,15 @@ def _hierarchies() -> list[Path]:
 def _tree(top: Path) -> list[Path]:
     """Return the folder and all below it, deepest first; empty when it is not there."""
     return [Path(path) for path, _, _ in os.walk(top, topdown=False)]
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        # Children of this very process stay zombies, and members, until they are waited for.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
 
 
 def _pids(folder: Path) -> list[int]:
