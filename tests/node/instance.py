@@ -126,6 +126,11 @@ class Instance:
         mine = [e for e in found if e.get("regarding", {}).get("uid") == uid]
         return sorted(mine, key=lambda e: str(e["metadata"]["name"]))
 
+    def restart(self, value: str = "now") -> None:
+        """Ask for a new epoch in the same pods, by annotation."""
+        patch = {"metadata": {"annotations": {names.RESTART_ANNOTATION: value}}}
+        self.kubectl.patch("mi", self.name, self.namespace, patch)
+
     def delete(self, timeout: float = 60) -> None:
         """Delete it and wait until no child is left."""
         self.kubectl.run("delete", names.KIND, self.name, "-n", self.namespace, timeout=timeout)

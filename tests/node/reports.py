@@ -17,7 +17,7 @@ from tests.node.kube import wait_for
 
 @dataclass
 class Stream:
-    """All reports of one pod, from its supervisor's first breath."""
+    """All reports of one pod since the stream was opened, the present one first."""
 
     rank: int
     reports: list[RunnerReport] = field(default_factory=list)
@@ -53,7 +53,10 @@ def _follow(stream: Stream, url: str, token: str, stop: threading.Event, deadlin
 
 @contextmanager
 def following(cluster: Any, instance: Instance, ranks: int, seconds: float = 300) -> Iterator[dict[int, Stream]]:
-    """Streams by rank, opened as soon as each pod has an address."""
+    """Streams by rank, all of them open: whatever is asked for from now on is seen from its beginning.
+
+    Nothing is said again: of an epoch that the operator has begun by itself, states may be missing.
+    """
     stop = threading.Event()
     streams = {rank: Stream(rank) for rank in range(ranks)}
     with ExitStack() as stack:
@@ -75,6 +78,8 @@ def following(cluster: Any, instance: Instance, ranks: int, seconds: float = 300
             thread.start()
             threads.append(thread)
         try:
+            for stream in streams.values():
+                wait_for(f"the reports of rank {stream.rank} are followed", stream.last, 60)
             yield streams
         finally:
             stop.set()

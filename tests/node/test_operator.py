@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from mlx_operator_api import names
 from mlx_operator_api.conditions import ConditionType
 from mlx_operator_api.runner import RunnerState
 from tests.node.chat import Questions, ask, client
@@ -27,12 +26,6 @@ PHASES = [
 ]
 
 
-def restart(instance: Instance, value: str) -> None:
-    """A new epoch in the same pods, by annotation."""
-    patch = {"metadata": {"annotations": {names.RESTART_ANNOTATION: value}}}
-    instance.kubectl.patch("mi", instance.name, instance.namespace, patch)
-
-
 def test_the_operator_killed_in_any_phase_loses_nothing_and_starts_nothing_twice(
     cluster: Any, create: Callable[..., Instance], questions: Questions, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -47,7 +40,7 @@ def test_the_operator_killed_in_any_phase_loses_nothing_and_starts_nothing_twice
     with following(cluster, instance, 2, seconds=280) as streams:
         for phase in PHASES:
             doomed = cluster.operator_pids()
-            restart(instance, str(phase))
+            instance.restart(str(phase))
             wait_state(streams, 1, epoch + 1, phase)
             cluster.kill_operator(pids=doomed)
             where = streams[1].states(epoch + 1)
@@ -156,8 +149,10 @@ def test_deletion_in_any_phase_leaves_no_child(
     if phase is RunnerState.PENDING:
         wait_for("pods exist", lambda: len(instance.pods()) == 2, 60)
     else:
+        epoch = instance.wait_ready()["epoch"]
         with following(cluster, instance, 2) as streams:
-            wait_state(streams, 1, 1, phase)
+            instance.restart()
+            wait_state(streams, 1, epoch + 1, phase)
     instance.delete()
     left = instance.kubectl.items("pods", instance.namespace)
     assert not [p for p in left if p["metadata"]["name"].startswith(name)]
@@ -194,7 +189,7 @@ def test_an_upgrade_with_a_new_default_image_restarts_nothing_until_asked(
         status = instance.status()
         assert status["runnerImage"] == image
         assert instance.pods()[0]["metadata"]["uid"] == uid
-        restart(instance, "now")
+        instance.restart()
         after = instance.wait_ready(epoch=before["epoch"] + 1)
         assert after["runnerImage"] == newer
         assert instance.pods()[0]["metadata"]["uid"] != uid
