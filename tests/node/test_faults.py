@@ -76,8 +76,9 @@ def test_a_frozen_engine_is_named_and_the_same_pods_answer_again(
     cluster: Any, pair: Instance, questions: Questions, row: Fault, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, pods = pair.status(), pair.uids()
+    pid = engine_pid(cluster, pair, 1)
     began = time.monotonic()
-    os.kill(engine_pid(cluster, pair, 1), signal.SIGSTOP)
+    os.kill(pid, signal.SIGSTOP)
     with capsys.disabled():
         confirm(pair, row, began, 1)
     answers(cluster, pair, questions, before["epoch"] + 1)
@@ -133,8 +134,9 @@ def test_a_container_out_of_memory_is_told_with_its_limit(
     limits = {"resources": {"limits": {"memory": "640Mi"}}}
     instance = create("hungry", runners=2, runner={**one_per_node("hungry"), **limits})
     before = instance.wait_ready()
+    pid = engine_pid(cluster, instance, 1)
     began = time.monotonic()
-    with eater(engine_pid(cluster, instance, 1)), capsys.disabled():
+    with eater(pid), capsys.disabled():
         confirm(instance, row, began, 1)
     answers(cluster, instance, questions, before["epoch"] + 1)
 

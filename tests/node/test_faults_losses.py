@@ -1,5 +1,7 @@
 """A killed rank, pod, container and node: diagnosed in a second, healed in place, evidence kept."""
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -14,7 +16,7 @@ from tests.node.chat import Questions, ask, client, stream_of
 from tests.node.chatter import Chatter
 from tests.node.instance import Instance, one_per_node
 from tests.node.kube import wait_for
-from tests.node.processes import kill_container, kill_engine
+from tests.node.processes import engine_pid, kill_container
 
 NEAR_SECONDS = 10.0
 """Bound of an assertion; the figure that counts is printed (a busy machine must not fail the test)."""
@@ -75,8 +77,9 @@ def test_a_killed_engine_is_named_within_a_second_and_the_same_pods_answer_again
     chatter.streaming()
 
     with client(cluster, pair) as llm:
+        pid = engine_pid(cluster, pair, rank)
         killed_at, clock = datetime.now(UTC), time.monotonic()
-        kill_engine(cluster, pair, rank)
+        os.kill(pid, signal.SIGKILL)
         failed_at = wait_for(
             "RunnerFailed is written", lambda: first_failed_write(cluster, pair, killed_at), NEAR_SECONDS
         )
