@@ -11,6 +11,8 @@ from tests.cluster.network import pod_subnet
 PAUSE_IMAGE = "localhost/pause:1"
 # The host's values of these three are shared by all namespaces; a kubelet sets them, so it gets plain files instead.
 PRIVATE_SYSCTLS = {"vm/overcommit_memory": "1", "kernel/panic": "10", "kernel/panic_on_oops": "1"}
+# Nobody listens there: what programs of the node itself ask for does not exist. Pods are given CoreDNS.
+NO_NAMESERVER = "nameserver 127.0.0.1\n"
 
 _CONTAINERD = """\
 version = 3

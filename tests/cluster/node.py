@@ -19,13 +19,16 @@ DAEMONS = ("containerd", "kubelet", "proxy")
 _OVERLAY_MAGIC = "overlayfs"
 # Private first, shared again afterwards: what the node mounts never reaches the host, and pods still see it. /run, a
 # memory disk as on any machine, /var/log and /var/lib are the node's own: kubelet, CNI and containerd have fixed places
-# there that two nodes would fight over, and that would stay behind on the host.
+# there that two nodes would fight over, and that would stay behind on the host. No way leads to the host's nameserver
+# from a node: its own are refused at once instead of after a time-out. (Where /etc/resolv.conf was a link into /run,
+# nothing is left of it, and Go asks 127.0.0.1 as well.)
 _MOUNTS = """
 set -e; folder=$1; shift
 mount --make-rshared /
 mount -t tmpfs -o mode=755,size=512m mlxop-run /run; mkdir -p /run/netns /run/lock
 mount --bind "$folder/log" /var/log
 mount --bind "$folder/lib" /var/lib
+if [ -e /etc/resolv.conf ]; then mount --bind "$folder/resolv.conf" /etc/resolv.conf; fi
 for file in $(cd "$folder/sys" && find . -type f); do mount --bind "$folder/sys/$file" "/proc/sys/$file"; done
 exec "$@"
 """
@@ -150,6 +153,7 @@ class Node:
         for name in ("cni", "log", "lib"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         for name, value in configs.PRIVATE_SYSCTLS.items():
+        (self.folder / "resolv.conf").write_text(configs.NO_NAMESERVER)
             file = self.folder / "sys" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(f"{value}\n")

@@ -181,6 +181,12 @@ def test_a_partitioned_node_becomes_not_ready_and_comes_back_with_its_pods(nodes
     assert nodes.node_pid("n2") == kubelet, "a partition kills nothing"
 
 
+def test_a_node_asks_no_nameserver_of_the_host(nodes: Cluster) -> None:
+    pull = nodes.node("n1").ctr("images", "pull", "registry.invalid/none:1")
+    pulled = subprocess.run(pull, capture_output=True, text=True, timeout=60, check=False)
+    assert "lookup registry.invalid on 127.0.0.1:53" in pulled.stderr, pulled.stderr
+
+
 def test_a_stopped_node_runs_nothing_and_starts_again(nodes: Cluster) -> None:
     [pod] = json.loads(nodes.kubectl("get", "pods", "-n", "kube-system", "-o", "json"))["items"]
     node = pod["spec"]["nodeName"]
