@@ -71,11 +71,12 @@ class Node:
         return record if record is not None and record.alive() else None
 
     def start_runtime(self) -> None:
-        """Start containerd, unless it runs; a node whose containerd died is switched off and on again.
+        """Start containerd and see that the cable is plugged in; a node whose containerd died is switched off and on.
 
         Containers can only be served by the mount namespace they were started in, and that was containerd's.
         """
         if self.record("containerd"):
+            self._network.link(self.name, up=True)
             return
         self.power_off(mark=False)
         self._network.ensure_node(self.index, self._peers())
@@ -152,8 +153,8 @@ class Node:
         shutil.rmtree(self.folder / "addresses", ignore_errors=True)
         for name in ("cni", "log", "lib"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        for name, value in configs.PRIVATE_SYSCTLS.items():
         (self.folder / "resolv.conf").write_text(configs.NO_NAMESERVER)
+        for name, value in configs.PRIVATE_SYSCTLS.items():
             file = self.folder / "sys" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(f"{value}\n")

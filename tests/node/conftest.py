@@ -32,6 +32,8 @@ def cluster() -> Iterator[Testbed]:
     model, model_image = images.ensure_demo_model(say)
     archives = [images.ensure_operator(say), images.ensure_runner(say), model_image]
     nodes = Cluster(name="test", nodes=2, progress=say)
+    if not os.environ.get(KEEP):
+        nodes.down()  # what a run that was killed has left: its instances, a node that it had cut off
     nodes.up()
     try:
         say("loading images")

@@ -187,6 +187,13 @@ def test_a_node_asks_no_nameserver_of_the_host(nodes: Cluster) -> None:
     assert "lookup registry.invalid on 127.0.0.1:53" in pulled.stderr, pulled.stderr
 
 
+def test_up_plugs_a_node_in_that_was_cut_off(nodes: Cluster) -> None:
+    nodes.partition("n2")
+    assert not nodes.network.linked("n2")
+    Cluster(NAME).up()
+    assert nodes.network.linked("n2")
+
+
 def test_a_stopped_node_runs_nothing_and_starts_again(nodes: Cluster) -> None:
     [pod] = json.loads(nodes.kubectl("get", "pods", "-n", "kube-system", "-o", "json"))["items"]
     node = pod["spec"]["nodeName"]
