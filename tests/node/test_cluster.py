@@ -2,19 +2,23 @@
 
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from glob import glob
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cluster.cgroups import ROOT, Group
 from tests.cluster.cluster import Cluster
 from tests.cluster.kubeapi import conditions
-from tests.cluster.manifests import DNS_ADDRESS
+from tests.cluster.manifests import COREDNS_IMAGE, DNS_ADDRESS
 from tests.cluster.network import node_address, node_index
 from tests.cluster.processes import Record
 from tests.cluster.tests.layouts import layer, oci_layout
@@ -22,10 +26,10 @@ from tests.cluster.waiting import wait_until
 
 NAME, CRASHING = "self", "self-crash"
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Places that kubelet, containerd, runc, CNI plugins and `ip netns` make for themselves on an ordinary node.
+# Places that kubelet, containerd, runc and CNI plugins make for themselves on an ordinary node.
 HOST_PLACES = (
     *(f"/var/lib/{name}" for name in ("kubelet", "cni", "containerd")),
-    *(f"/run/{name}" for name in ("netns", "containerd", "runc", "xtables.lock", "cni", "flannel")),
+    *(f"/run/{name}" for name in ("containerd", "runc", "xtables.lock", "cni", "flannel")),
     *(
         "/var/log/pods",
         "/var/log/containers",
@@ -35,6 +39,8 @@ HOST_PLACES = (
         "/opt/containerd",
     ),
 )
+# Other programs keep networks of theirs beside these; containerd calls those of its pods cni-….
+POD_NETWORKS = "/run/netns/cni-*"
 SYSCTLS = ("vm/overcommit_memory", "kernel/panic", "kernel/panic_on_oops")
 
 
@@ -58,12 +64,13 @@ def traces(name: str) -> list[str]:
     return found
 
 
-def namespaces_in_use() -> set[int]:
-    """Network namespaces that a process is in."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
+def namespaces_in_use() -> dict[int, Path]:
+    """Network namespaces that a process is in: {number: its file below the process with the lowest id}."""
+    found: dict[int, Path] = {}
+    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda folder: int(folder.name)):
+        file = process / "ns" / "net"
         try:
-            found.add((process / "ns" / "net").stat().st_ino)
+            found.setdefault(file.stat().st_ino, file)
         except OSError:
             continue
     return found
@@ -71,13 +78,50 @@ def namespaces_in_use() -> set[int]:
 
 def host() -> dict[str, object]:
     """What a node must not change on this machine."""
-    places = {place: sorted(os.listdir(place)) if Path(place).is_dir() else None for place in HOST_PLACES}
+    places: dict[str, object] = {
+        place: sorted(os.listdir(place)) if Path(place).is_dir() else None for place in HOST_PLACES
+    }
+    places[POD_NETWORKS] = sorted(glob(POD_NETWORKS))
     return places | {name: Path("/proc/sys", name).read_text() for name in SYSCTLS}
 
 
 def ready(cluster: Cluster, node: str) -> str:
     """Status of a node's Ready condition."""
     return conditions(cluster.api().get(f"/api/v1/nodes/{node}")).get("Ready", "")
+
+
+def dns_pod(cluster: Cluster) -> dict[str, Any]:
+    """The pod of CoreDNS; where that is just being moved, the new one once it serves."""
+
+    def serving() -> dict[str, Any] | None:
+        pods = json.loads(cluster.kubectl("get", "pods", "-n", "kube-system", "-o", "json"))["items"]
+        stay = [pod for pod in pods if not pod["metadata"].get("deletionTimestamp")]
+        return next((pod for pod in stay if conditions(pod).get("Ready") == "True"), None)
+
+    return wait_until(serving, what="a pod of CoreDNS serves", seconds=60)
+
+
+def faithful_pod(cluster: Cluster, node: str) -> str:
+    """Make a pod that stays on its node however long that is away (CoreDNS does not), and return its uid."""
+    container = {
+        "name": "dns",
+        "image": COREDNS_IMAGE,
+        "imagePullPolicy": "Never",
+        "args": ["-dns.port", "1053"],
+    }
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "faithful"},
+        "spec": {
+            "nodeName": node,
+            "tolerations": [{"operator": "Exists"}],
+            "automountServiceAccountToken": False,
+            "containers": [container],
+        },
+    }
+    made = cluster.kubectl("create", "-n", "default", "-f", "-", "-o", "json", stdin=json.dumps(pod))
+    return str(json.loads(made)["metadata"]["uid"])
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +183,7 @@ def test_up_repairs_what_was_killed(nodes: Cluster) -> None:
 
 
 def test_processes_and_cpu_time_of_a_pod_are_found_by_its_name_and_uid(nodes: Cluster) -> None:
-    [pod] = json.loads(nodes.kubectl("get", "pods", "-n", "kube-system", "-o", "json"))["items"]
+    pod = dns_pod(nodes)
     node, name, uid = pod["spec"]["nodeName"], f"kube-system/{pod['metadata']['name']}", pod["metadata"]["uid"]
     [(pid, line)] = nodes.container_pids(node, name)
     assert line.startswith("/coredns")
@@ -195,8 +239,9 @@ def test_up_plugs_a_node_in_that_was_cut_off(nodes: Cluster) -> None:
 
 
 def test_a_stopped_node_runs_nothing_and_starts_again(nodes: Cluster) -> None:
-    [pod] = json.loads(nodes.kubectl("get", "pods", "-n", "kube-system", "-o", "json"))["items"]
-    node = pod["spec"]["nodeName"]
+    node = "n2"
+    uid = faithful_pod(nodes, node)
+    wait_until(lambda: nodes.container_pids(node, uid), what="the pod runs", seconds=60)
     group = Group(f"mlxop-{NAME}/{node}")
     assert len(group.pids()) > 4, "three daemons, a shim, a container"
     nodes.stop_node(node)
@@ -205,7 +250,7 @@ def test_a_stopped_node_runs_nothing_and_starts_again(nodes: Cluster) -> None:
     nodes.start_node(node)
     assert ready(nodes, node) == "True"
     wait_until(
-        lambda: any("/coredns" in line for _, line in nodes.container_pids(node, pod["metadata"]["uid"])),
+        lambda: any("/coredns" in line for _, line in nodes.container_pids(node, uid)),
         what="the pod runs again",
         seconds=60,
     )
@@ -214,12 +259,17 @@ def test_a_stopped_node_runs_nothing_and_starts_again(nodes: Cluster) -> None:
 def test_down_leaves_nothing_and_the_host_as_it_was(nodes: Cluster, before: dict[str, object]) -> None:
     networks = {nodes.network.path(member).stat().st_ino for member in nodes.network.members()}
     assert len(networks) == 3
-    assert networks <= namespaces_in_use()
+    in_use = namespaces_in_use()
+    assert networks <= in_use.keys()
     assert traces(NAME)
     assert host() == before, "not even while it runs"
-    nodes.down()
-    assert traces(NAME) == []
-    assert not networks & namespaces_in_use()
+    with ExitStack() as stack:
+        for network in networks:
+            # An open file keeps the number from being given to a new namespace of somebody else.
+            stack.enter_context(in_use[network].open())
+        nodes.down()
+        assert traces(NAME) == []
+        assert not networks & namespaces_in_use().keys()
     assert host() == before
     nodes.down()
 
@@ -245,12 +295,15 @@ def kill_up_at(point: str, cluster: Cluster) -> None:
         cwd=REPOSITORY,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     ) as process:
         try:
             wait_until((cluster.paths.root / point).exists, what=f"{point} is there", seconds=60, interval=0.001)
             assert process.poll() is None, "it was killed too late to mean anything"
         finally:
-            process.kill()
+            # With the short programs that it has just started: they would go on making things beside `down`.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def dns_address(server: tuple[str, int], name: str) -> str:
