@@ -71,7 +71,7 @@ class Containers:
         """Signal the engine that a pod's supervisor uses (the oldest child); returns its pid."""
         process = self.of(name).process
         assert process is not None
-        pid = min(children_of(process.pid))
+        pid = children_of(process.pid)[0]
         os.kill(pid, number)
         return pid
 

@@ -310,17 +310,34 @@ async def forget_leader(kube: Kube) -> None:
 
 
 def free_port() -> int:
-    """A port that is free now, and that no outgoing connection is given before somebody listens on it."""
-    while True:
-        port = random.choice(PORTS)  # noqa: S311 (no secret)
+    """A port that is free now, and that nobody else is given before somebody listens on it.
+
+    No outgoing connection, and no other caller of this, in whatever process, while this process lives.
+    """
+    for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-            else:
+            if _bound(probe, ("127.0.0.1", port)) and _claimed(port):
                 return port
+    raise AssertionError(f"no free port of 127.0.0.1 in {PORTS}")
+
+
+def _claimed(port: int) -> bool:
+    """Take a name that the kernel gives to one process at a time, and takes back when that ends."""
+    with socket.socket(socket.AF_UNIX) as claim:
+        if not _bound(claim, f"\0mlx-operator-tests-port-{port}"):
+            return False
+        claim.detach()  # kept open
+        return True
+
+
+def _bound(to: socket.socket, address: Any) -> bool:
+    try:
+        to.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
 
 
 def groups_of(user: str) -> list[str]:

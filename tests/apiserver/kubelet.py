@@ -47,6 +47,8 @@ class Kubelet(Containers):
         self._subnet = "127." + ".".join(str(random.randint(2, 250)) for _ in range(2))  # noqa: S311 (no secret)
         self._next = 1
         self._watch: asyncio.Task[None] | None = None
+        self._ending: dict[str, Container] = {}
+        """By uid: their processes were told to end, and the pods stay until they have."""
 
     async def __aenter__(self) -> "Kubelet":
         for name in NODE_NAMES:
@@ -57,9 +59,11 @@ class Kubelet(Containers):
     async def __aexit__(self, *_: object) -> None:
         assert self._watch is not None
         self._watch.cancel()
-        for container in list(self.containers.values()):
+        containers = [*self.containers.values(), *self._ending.values()]
+        for container in containers:
             await self._end(container, kill=True)
-        await asyncio.gather(self._watch, return_exceptions=True)
+        tasks = [task for container in containers for task in container.tasks]
+        await asyncio.gather(self._watch, *tasks, return_exceptions=True)
 
     async def set_node(self, name: str, *, ready: bool) -> None:
         """Create a node, or change its Ready condition."""
@@ -107,11 +111,16 @@ class Kubelet(Containers):
     async def _seen(self, pod: dict[str, Any]) -> None:
         uid = pod["metadata"]["uid"]
         container = self.containers.get(uid)
+        if uid in self._ending:
+            return  # also what was told of it meanwhile, such as a status that was on its way
         if pod["metadata"].get("deletionTimestamp"):
             if container is None:
                 await self._delete(pod["metadata"]["namespace"], pod["metadata"]["name"], uid)
-            elif not any(task.get_name() == "terminate" for task in container.tasks):
-                container.tasks.append(asyncio.create_task(self._terminate(container), name="terminate"))
+            else:
+                self._ending[uid] = container
+                task = asyncio.create_task(self._terminate(container), name="terminate")
+                task.add_done_callback(lambda _: self._ending.pop(uid))
+                container.tasks.append(task)
         elif container is None and self.unplaceable and not pod["spec"].get("nodeName"):
             await self._not_placed(pod)
         elif container is None and self.places(pod):

@@ -5,10 +5,11 @@ import json
 import os
 import struct
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_operator.act.kube import KubeError
 from mlx_runner import channel
@@ -16,6 +17,8 @@ from mlx_runner import channel
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "tests" / "runner" / "fake_engine.py"
 PACKAGES = ("api", "operator", "runner_image", ".")
+PROC = Path("/proc")
+_ENDED = (FileNotFoundError, ProcessLookupError)
 
 
 def python_path() -> str:
@@ -70,26 +73,44 @@ async def persist(request: Callable[[], Awaitable[Any]]) -> Any:
     raise AssertionError("the API server took nothing for 5 minutes")
 
 
-def children_of(pid: int) -> list[int]:
-    """The child processes of a process, the oldest first."""
+def children_of(pid: int, proc: Path = PROC) -> list[int]:
+    """The child processes of a process, the oldest first: by their start, since the numbers begin anew."""
 
-    def found() -> Iterator[int]:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            yield from (int(child) for child in (task / "children").read_text().split())
+    def found() -> Iterator[tuple[int, int]]:
+        for task in (proc / str(pid) / "task").iterdir():
+            with suppress(*_ENDED):  # a thread that has just ended; the others have children as well
+                for child in (task / "children").read_text().split():
+                    if (stat := _stat(int(child), proc)) is not None:
+                        yield stat.started, int(child)
 
     try:
-        return sorted(found())
-    except (FileNotFoundError, ProcessLookupError):
+        return [child for _, child in sorted(found())]
+    except _ENDED:
         return []
 
 
 def is_engine(pid: int) -> bool:
     """Whether a process is an engine that a supervisor has begun to use, and is not dead."""
+    stat = _stat(pid)
+    return stat is not None and stat.name == channel.ENGINE_NAME and stat.state not in ("Z", "X")
+
+
+class _Stat(NamedTuple):
+    """Of `/proc/PID/stat`; the start is in ticks since the machine's."""
+
+    name: str
+    state: str
+    started: int
+
+
+def _stat(pid: int, proc: Path = PROC) -> _Stat | None:
+    """None for a process that is gone."""
     try:
-        name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return name == channel.ENGINE_NAME and rest.split()[0] not in ("Z", "X")
+        name, _, rest = (proc / str(pid) / "stat").read_text().partition("(")[2].rpartition(")")
+    except _ENDED:
+        return None
+    fields = rest.split()  # from the third on
+    return _Stat(name, fields[0], int(fields[19]))
 
 
 def now() -> str:
