@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,13 @@ class OperatorProcess:
     def lines(self) -> str:
         """Its log."""
         return self.log.read_text()
+
+    def when(self, message: str) -> datetime:
+        """When it first logged a message, by its own clock."""
+        text = json.dumps(message) if " " in message else message
+        found = re.search(rf"^time=(\S+) level=\w+ msg={re.escape(text)}(?: |$)", self.lines(), re.MULTILINE)
+        assert found is not None, f"no {message!r} in\n{self.lines()}"
+        return datetime.fromisoformat(found[1])
 
 
 class World:

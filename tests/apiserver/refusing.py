@@ -9,7 +9,7 @@ from mlx_operator.act.kube import CHILD_SECONDS, KubeError
 from mlx_operator.act.resources import PODS, Resource
 from mlx_operator_api.conditions import ConditionType, Reason
 from tests.apiserver.faulting import seen
-from tests.apiserver.harness import Manifest, World, eventually
+from tests.apiserver.harness import Manifest, World, eventually, groups_of
 from tests.faults import Fault, Layer
 
 _ADMISSION = "admissionregistration.k8s.io"
@@ -17,6 +17,7 @@ POLICIES = Resource(_ADMISSION, "v1", "validatingadmissionpolicies", "Validating
 BINDINGS = Resource(
     _ADMISSION, "v1", "validatingadmissionpolicybindings", "ValidatingAdmissionPolicyBinding", namespaced=False
 )
+REVIEWS = Resource("authorization.k8s.io", "v1", "subjectaccessreviews", "SubjectAccessReview", namespaced=False)
 REFUSED = "rank 0/2 pod tiny-0: the API server refused the pod (HTTP 403): pods "
 FORBIDDEN = f'{REFUSED}"tiny-0" is forbidden: '
 BOTH = "; the same on 2 ranks; "
@@ -87,6 +88,19 @@ async def refused(place: World, words: str, **container: Any) -> None:
         return False
 
     await eventually(is_refused, f"pods are refused: {words}")
+
+
+async def forbidden(place: World, verb: str, resource: Resource) -> None:
+    """Wait until the operator may not do this any more: the API server hears of a changed Role a moment later."""
+    what = {"verb": verb, "group": resource.group, "resource": resource.plural, "namespace": place.namespace}
+    spec = {"user": place.user, "groups": groups_of(place.user), "resourceAttributes": what}
+    review = {"apiVersion": REVIEWS.api_version, "kind": REVIEWS.kind, "metadata": {}, "spec": spec}
+
+    async def is_forbidden() -> bool:
+        answer = await place.kube.create(REVIEWS, None, review)
+        return not answer["status"]["allowed"]
+
+    await eventually(is_forbidden, f"{place.user} may not {verb} {resource.plural}")
 
 
 async def told(place: World, row: Fault, **spec: Any) -> None:

@@ -6,7 +6,18 @@ from mlx_operator.act.resources import INSTANCES, PODS, SERVICES, Resource
 from mlx_operator_api.conditions import Reason
 from tests.apiserver import injection
 from tests.apiserver.harness import CONFINED_RELEASE, World
-from tests.apiserver.refusing import BOTH, FORBIDDEN, REFUSED, manifest, policy, present, refused, row, told
+from tests.apiserver.refusing import (
+    BOTH,
+    FORBIDDEN,
+    REFUSED,
+    forbidden,
+    manifest,
+    policy,
+    present,
+    refused,
+    row,
+    told,
+)
 from tests.faults import Fault, fault
 
 ROLES = Resource("rbac.authorization.k8s.io", "v1", "roles", "Role")
@@ -132,6 +143,7 @@ async def test_a_missing_permission_of_the_operator_is_told_and_its_return_is_no
     assert rules != role["rules"]
     await place.operator(f"--watch-namespace={place.namespace}")
     await place.kube.merge_patch(ROLES, place.namespace, role["metadata"]["name"], {"rules": rules})
+    await forbidden(place, "create", PODS)
     await told(place, row)
     place.confine()
     await place.until_ready()

@@ -2,26 +2,30 @@
 
 import asyncio
 import re
-import time
 from typing import Any
 
 import pytest
 
 from mlx_operator.act.resources import INSTANCES, LEASES, PODS, SECRETS
 from mlx_operator.act.tokens import DEFAULT_KEY_SECRET
+from mlx_operator.lease import Timing
 from mlx_operator_api.conditions import ConditionType
 from tests.apiserver.harness import World, again_in, condition, eventually
 from tests.cluster.deploy import NAMESPACE, RELEASE
 
+NONE_HUNG = "Hung tasks stopping is skipped: no tasks given."
+"""The host's words: it found no task at its end that it would have waited 5 s for."""
+
 
 async def test_a_restarted_operator_writes_nothing_where_nothing_is_to_be_done(place: World) -> None:
-    first = await place.operator()
+    first = await place.operator("--log-level=debug")
     await place.create("one")
     await place.create("two", runners=1)
     await place.until_ready("one")
     await place.until_ready("two")
     await place.settled()
-    assert await first.stop() < 4.5
+    await first.stop()
+    assert NONE_HUNG in first.lines()
     mark = place.audit.mark()
     await (await place.operator()).leads()
     await place.settled(4)
@@ -126,10 +130,11 @@ async def test_a_second_operator_stands_by_and_takes_over(place: World) -> None:
     await place.settled()
     assert "standing by" in second.lines()
     assert "status written" not in second.lines()
-    began = time.monotonic()
     await first.stop()
     await second.leads()
-    assert time.monotonic() - began < 8  # it was given back, and did not have to run out (10 s)
+    # It was given back: to run out it has until its last renewal and its duration are over.
+    took = second.when("leading") - first.when("lease released")
+    assert took.total_seconds() < Timing().duration - Timing().retry, took
     await place.kube.merge_patch(INSTANCES, place.namespace, "tiny", {"spec": {"runners": 1}})
     await place.until_ready()
 
@@ -149,15 +154,14 @@ async def test_the_lease_of_a_killed_operator_runs_out(place: World) -> None:
 
 async def test_a_leader_that_cannot_renew_ends_itself(place: World) -> None:
     first = await place.operator()
-    lease = await place.kube.get(LEASES, NAMESPACE, RELEASE)
-    lease["spec"] |= {"holderIdentity": "somebody-else"}
-    await place.kube.replace(LEASES, NAMESPACE, RELEASE, lease)
+    # Of whatever version: the leader renews at any moment.
+    await place.kube.merge_patch(LEASES, NAMESPACE, RELEASE, {"spec": {"holderIdentity": "somebody-else"}})
     assert await asyncio.wait_for(first.process.wait(), 10) == 1
     assert "leadership lost" in first.lines()
 
 
 async def test_the_end_of_a_busy_operator_is_quick_and_clean(place: World) -> None:
-    operator = await place.operator()
+    operator = await place.operator("--log-level=debug")
     for number in range(3):
         await place.create(f"busy-{number}")
 
@@ -165,7 +169,8 @@ async def test_the_end_of_a_busy_operator_is_quick_and_clean(place: World) -> No
         return len((await place.kube.list(PODS, place.namespace))[0]) == 6
 
     await eventually(pods, "all pods are created")
-    assert await operator.stop() < 4.5  # the host would wait 5 s for a task it takes for hung
+    await operator.stop()
+    assert NONE_HUNG in operator.lines()
     assert operator.process.returncode == 0
     assert "lease released" in operator.lines()
     assert "Traceback" not in operator.lines()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tests.apiserver.crd.kubectl import Kubectl
 from tests.cluster import binaries
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.deploy import NAMESPACE, RELEASE, ROOT
-from tests.cluster.waiting import tell
+from tests.cluster.waiting import tell, wait_until
 
 OPERATOR = f"system:serviceaccount:{NAMESPACE}:{RELEASE}"
 CONFINED_NAMESPACE = "confined-system"
@@ -33,16 +34,21 @@ def install(kubectl: Kubectl, namespace: str, *values: str) -> list[dict[str, An
 
 
 @pytest.fixture(scope="module")
-def chart(kubectl: Kubectl) -> list[dict[str, Any]]:
-    """The chart with its defaults."""
-    return install(kubectl, NAMESPACE)
+def chart(kubectl: Kubectl, server: ApiServer) -> list[dict[str, Any]]:
+    """The chart with its defaults; returns when the API server has read its roles."""
+    objects = install(kubectl, NAMESPACE)
+    await_roles(server, OPERATOR, NEEDED[0], NEEDED[-1])
+    return objects
 
 
 @pytest.fixture(scope="module")
-def confined(kubectl: Kubectl) -> list[dict[str, Any]]:
-    """The chart for the namespace `team` alone."""
+def confined(kubectl: Kubectl, server: ApiServer) -> list[dict[str, Any]]:
+    """The chart for the namespace `team` alone; returns when the API server has read its roles."""
     kubectl.run("create", "namespace", "team")
-    return install(kubectl, CONFINED_NAMESPACE, "--set=watchNamespaces={team}")
+    objects = install(kubectl, CONFINED_NAMESPACE, "--set=watchNamespaces={team}")
+    lease = ("update", LEASES, "leases", CONFINED_NAMESPACE, "mlx-operator")
+    await_roles(server, CONFINED, ("list", "", "pods", "team"), lease)
+    return objects
 
 
 def may(server: ApiServer, user: str, groups: list[str], attributes: dict[str, str]) -> bool:
@@ -76,6 +82,12 @@ def operator_may(server: ApiServer, user: str, *request: str) -> bool:
     namespace = user.split(":")[2]
     groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
     return may(server, user, groups, attributes(*request))
+
+
+def await_roles(server: ApiServer, user: str, *requests: tuple[str, ...]) -> None:
+    """Wait until one request of each role is allowed: the API server hears of a role a moment after it is stored."""
+    for request in requests:
+        wait_until(partial(operator_may, server, user, *request), what=f"{user} may {' '.join(request)}", seconds=30)
 
 
 NEEDED = [
