@@ -87,6 +87,7 @@ class Controller:
             self._sender,
             token_of=token_of,
             answered=self.observer.answered,
+            missing=self._pod_reads.want,
             later=self.queue.add_after,
             now=wall_clock,
         )

@@ -75,6 +75,7 @@ class Scene:
     plans: list[Plan] = field(default_factory=list)
     seen: list[Observed] = field(default_factory=list)
     time: datetime = NOW
+    missing: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.store = Store(SETTINGS)
@@ -94,6 +95,7 @@ class Scene:
             self.sender,
             token_of=KEY.token,
             answered=observer.answered,
+            missing=self.missing.append,
             later=self.queue.add_after,
             now=self.now,
         )

@@ -155,6 +155,14 @@ async def test_a_pod_that_is_already_gone_counts_as_deleted(scene: Scene, status
     await scene.reconcile()
 
 
+@pytest.mark.parametrize("status", [404, 409])
+async def test_a_pod_that_was_gone_when_it_was_to_be_deleted_is_looked_for(scene: Scene, status: int) -> None:
+    scene.plans = [Plan(Status(epoch=1), (DeletePod("tiny-0", "pod-0", "its template changed"),))]
+    scene.kube.before = failing(("delete", "pods", status))
+    await scene.reconcile()
+    assert scene.missing == ["pod-0"]
+
+
 async def test_a_pod_that_is_still_there_after_a_conflict_is_deleted_again(scene: Scene) -> None:
     uid = scene.kube.put(PODS, child(PODS, "tiny-0"))["metadata"]["uid"]
     scene.plans = [Plan(Status(epoch=1), (DeletePod("tiny-0", uid, "its template changed"),))]

@@ -327,3 +327,17 @@ async def test_the_address_of_a_pod_is_its_ip_while_the_container_runs() -> None
     failed = pod()
     failed["status"]["phase"] = "Failed"
     assert address(failed) is None
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_stream_that_ends_as_it_is_hurried_ends(scene: Scene, turns: int) -> None:
+    scene.runner.refusals = [RunnerError(0, "refused")] * 1000
+    scene.store.put(PODS, pod())
+    await asyncio.sleep(60.3)
+    (stream,) = (task for task in asyncio.all_tasks() if task.get_name() == "reports of pod pod-0")
+    scene.streams.pod_changed("pod-0")
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    stream.cancel()
+    await asyncio.wait([stream], timeout=10)
+    assert stream.cancelled()

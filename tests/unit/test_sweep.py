@@ -11,7 +11,7 @@ from mlx_operator.errors import REFUSAL_SECONDS, StartError
 from mlx_operator.metrics import Metrics
 from mlx_operator.observe.shelf import Key
 from mlx_operator.observe.store import Store
-from mlx_operator.observe.sweep import Lister, Scope, Sweeper
+from mlx_operator.observe.sweep import FIRST_SECONDS, Lister, Scope, Sweeper
 from tests.unit.fakekube import FakeKube
 from tests.unit.manifests import SETTINGS, instance, pod
 
@@ -32,7 +32,8 @@ class Scene:
         return Sweeper(self.lister, self.changes.append, Metrics(), (100.0, 100.0))
 
     def sweeps(self) -> int:
-        return self.kube.count("list", "pods")
+        """Without the first one, which comes soon."""
+        return max(0, self.kube.count("list", "pods") - 1)
 
     def fail(self, plural: str, status: int) -> None:
         def fail(verb: str, kind: str, name: str) -> None:
@@ -85,9 +86,11 @@ async def test_an_api_server_that_does_not_answer_or_has_just_started_is_waited_
 
 
 async def test_a_sweep_finds_what_the_watches_missed(scene: Scene) -> None:
-    scene.kube.put(PODS, pod())
-    scene.store.put(PODS, pod(1, version=0, uid="gone"))
+    scene.store.put(PODS, scene.kube.put(PODS, pod()))
     running = asyncio.create_task(scene.sweeper().run())
+    await asyncio.sleep(FIRST_SECONDS + 1)
+    scene.store.put(PODS, pod(1, version=0, uid="gone"))
+    assert scene.changes == []
     await asyncio.sleep(101)
     assert [known["metadata"]["uid"] for known in scene.store.pods()] == ["pod-0"]
     assert scene.changes == [TINY]
@@ -114,6 +117,28 @@ async def test_what_a_sweep_found_before_it_failed_is_planned(scene: Scene) -> N
     assert scene.sweeps() >= 3
     assert scene.changes == [TINY]
     running.cancel()
+
+
+async def test_what_went_before_the_watches_began_is_found_soon(scene: Scene) -> None:
+    scene.store.put(PODS, pod(version=0))
+    running = asyncio.create_task(scene.sweeper().run())
+    await asyncio.sleep(FIRST_SECONDS + 1)
+    assert scene.store.count(PODS) == 0
+    assert scene.changes == [TINY]
+    running.cancel()
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_sweeper_that_is_cancelled_as_a_sweep_is_wanted_ends(scene: Scene, turns: int) -> None:
+    sweeper = scene.sweeper()
+    running = asyncio.create_task(sweeper.run())
+    await asyncio.sleep(30)
+    sweeper.relisted()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.wait([running], timeout=5)
+    assert running.cancelled()
 
 
 async def test_the_replay_at_the_start_triggers_no_sweep(scene: Scene) -> None:

@@ -27,6 +27,7 @@ class Actor:
 
     Args:
         answered: told of every object that the API server answers with.
+        missing: told of the uid of every pod that was to be deleted and was not there.
         later: plans an instance again in so many seconds.
     """
 
@@ -38,6 +39,7 @@ class Actor:
         *,
         token_of: Callable[[str], str],
         answered: Callable[[Resource, Mapping[str, Any]], None],
+        missing: Callable[[str], None],
         later: Callable[[Key, float], None],
         now: Callable[[], datetime],
     ) -> None:
@@ -46,6 +48,7 @@ class Actor:
         self._sender = sender
         self._token_of = token_of
         self._answered = answered
+        self._missing = missing
         self._later = later
         self._now = now
 
@@ -94,6 +97,7 @@ class Actor:
             )
         except KubeError as error:
             if error.status == 404:
+                self._missing(action.uid)
                 return
             if error.status != 409:
                 raise
@@ -111,6 +115,7 @@ class Actor:
         except KubeError as unread:
             if unread.status != 404:
                 raise
+            self._missing(action.uid)
             return
         if pod["metadata"]["uid"] == action.uid:
             raise error

@@ -1,8 +1,8 @@
-"""Reads a pod whose report stream broke, unless its watch tells soon what became of it.
+"""Reads a pod whose report stream broke or that could not be found, unless its watch tells soon what became of it.
 
 A watch may be half-open: it stays open and brings nothing, for a minute or more until the host opens another. What
 is then known of the pod is old, and a runner that cannot be reached would be blamed on the network although its pod
-is gone. A broken stream is the one sign of that, and one request settles it.
+is gone. A broken stream is a sign of that, and so is a deletion that found no pod; one request settles it.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ SPACING_SECONDS = 0.05
 
 
 class PodReads:
-    """Each broken stream is read after at most once; a failed read is left to the sweep."""
+    """Each sign leads to one read at most; a failed read is left to the sweep."""
 
     def __init__(self, kube: Kube, store: Store, *, changed: Callable[[Key], None]) -> None:
         self._kube = kube
@@ -34,7 +34,7 @@ class PodReads:
         self._some = asyncio.Event()
 
     def want(self, uid: str) -> None:
-        """The report stream of a pod broke."""
+        """The report stream of a pod broke, or it was not there when it was to be deleted."""
         pod = self._store.pod(uid)
         if pod is not None and uid not in self._due:
             due = asyncio.get_running_loop().time() + PATIENCE_SECONDS

@@ -113,7 +113,8 @@ class ReportStreams:
             # Jitter: the streams of a node that went away do not all come back at one instant.
             pause = delay * random.uniform(0.8, 1.2)  # noqa: S311 (jitter is no secret)
             try:
-                await asyncio.wait_for(self._wake[uid].wait(), pause)
+                async with asyncio.timeout(pause):  # not wait_for, which swallows a cancellation at that very moment
+                    await self._wake[uid].wait()
             except TimeoutError:
                 delay = min(delay * 2, LONGEST_RETRY_SECONDS)
 

@@ -23,6 +23,8 @@ PERIOD_SECONDS = (60.0, 300.0)
 _RETRY_SECONDS = 5.0
 _QUIET_SECONDS = 1.0
 _REPLAY_SECONDS = 3.0
+FIRST_SECONDS = _REPLAY_SECONDS + _QUIET_SECONDS
+"""Until the first sweep: the watches have listed by then, and tell nothing of what went between our list and theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +130,11 @@ class Sweeper:
 
     async def run(self) -> None:
         """Sweep until cancelled."""
-        delay = random.uniform(*self._period)  # noqa: S311 (jitter is no secret)
+        delay = min(FIRST_SECONDS, random.uniform(*self._period))  # noqa: S311 (jitter is no secret)
         while True:
             try:
-                await asyncio.wait_for(self._wanted.wait(), delay)
+                async with asyncio.timeout(delay):  # not wait_for, which swallows a cancellation at that very moment
+                    await self._wanted.wait()
                 await asyncio.sleep(_QUIET_SECONDS)  # the rest of the replay
             except TimeoutError:
                 pass
