@@ -11,7 +11,7 @@ import aiohttp
 import kopf
 import pytest
 
-from mlx_operator.act.resources import PODS, Resource
+from mlx_operator.act.resources import INSTANCES, NODES, PODS, SERVICES, Resource
 from mlx_operator.errors import HostError
 from mlx_operator.observe import host
 from mlx_operator.observe.host import apart
@@ -69,6 +69,55 @@ async def test_what_breaks_off_with_the_watches_does_not_have_the_last_word(
     with pytest.raises(HostError, match="Connection closed") as raised:
         await host.watch(kopf.OperatorRegistry(), Scope(()), asyncio.Event())
     del raised
+    await asyncio.sleep(0)  # the loop lets go of the last step
     gc.collect()
     after = [record for record in caplog.records if "never retrieved" in record.getMessage()]
     assert [(record.name, record.levelname) for record in after] == [("mlx_operator.observe.host", "DEBUG")]
+
+
+def discovers(monkeypatch: pytest.MonkeyPatch, *kinds: Resource) -> tuple[asyncio.Event, list[str]]:
+    """What a host finds that watches until it is told to end or is stopped; returns what ends it, and how it ended."""
+    end, ended = asyncio.Event(), []
+
+    async def operator(*, insights: Any, **_: Any) -> None:
+        insights.watched_resources.update(kinds)
+        insights.ready_resources.set()
+        try:
+            await end.wait()
+            ended.append("by itself")
+        except asyncio.CancelledError:
+            ended.append("stopped")
+            raise
+
+    monkeypatch.setattr(kopf, "operator", operator)
+    return end, ended
+
+
+async def test_a_kind_that_the_discovery_did_not_find_ends_the_watches_with_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, ended = discovers(monkeypatch, PODS, SERVICES, NODES)
+    with pytest.raises(HostError, match="modelinstances"):
+        await asyncio.wait_for(host.watch(kopf.OperatorRegistry(), Scope(()), asyncio.Event()), 5)
+    assert ended == ["stopped"]
+
+
+@pytest.mark.parametrize("scope", [Scope(), Scope(("team",))])
+async def test_the_watches_go_on_where_every_kind_was_found(monkeypatch: pytest.MonkeyPatch, scope: Scope) -> None:
+    kinds = [INSTANCES, PODS, SERVICES, *([NODES] if scope.watches_nodes else [])]
+    end, ended = discovers(monkeypatch, *kinds)
+    watching = asyncio.create_task(host.watch(kopf.OperatorRegistry(), scope, asyncio.Event()))
+    await asyncio.wait([watching], timeout=0.2)
+    assert not watching.done()
+    end.set()
+    await watching
+    assert ended == ["by itself"]
+
+
+async def test_watches_that_are_cancelled_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ended = discovers(monkeypatch, INSTANCES, PODS, SERVICES, NODES)
+    watching = asyncio.create_task(host.watch(kopf.OperatorRegistry(), Scope(), asyncio.Event()))
+    await asyncio.wait([watching], timeout=0.1)
+    watching.cancel()
+    await asyncio.wait([watching])
+    assert ended == ["stopped"]

@@ -7,12 +7,13 @@ not level-triggered, and its indices lose deletions when a watch starts over.
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextvars import Context
 from typing import Any
 
 import aiohttp
 import kopf
+from kopf._cogs.structs.references import Insights  # a public argument of a class that has no public name
 
 from mlx_operator.act.kube import PAGE
 from mlx_operator.act.resources import INSTANCES, NODES, PODS, SERVICES, Resource
@@ -96,8 +97,7 @@ def settings() -> kopf.OperatorSettings:
 def registry(scope: Scope, event: Event, login: Login, cleanup: Callable[[], Awaitable[None]]) -> kopf.OperatorRegistry:
     """The handlers: one per watched kind, the login, and `cleanup` when kopf has stopped watching."""
     handlers = kopf.OperatorRegistry()
-    kinds = [INSTANCES, PODS, SERVICES] + ([NODES] if scope.watches_nodes else [])
-    for resource in kinds:
+    for resource in _kinds(scope):
         _feed(handlers, resource, event)
 
     @kopf.on.login(registry=handlers)
@@ -109,6 +109,10 @@ def registry(scope: Scope, event: Event, login: Login, cleanup: Callable[[], Awa
         await cleanup()
 
     return handlers
+
+
+def _kinds(scope: Scope) -> list[Resource]:
+    return [INSTANCES, PODS, SERVICES, *([NODES] if scope.watches_nodes else [])]
 
 
 def _feed(handlers: kopf.OperatorRegistry, resource: Resource, feed: Event) -> None:
@@ -137,22 +141,48 @@ async def watch(handlers: kopf.OperatorRegistry, scope: Scope, ready: Any) -> No
     """Watch until SIGTERM or SIGINT; `ready` is set once the watches begin.
 
     Raises:
-        HostError: an answer broke off where kopf does not ask again, such as its discovery at the start.
+        HostError: an answer broke off where kopf does not ask again, such as its discovery at the start, or the
+            discovery did not find every kind.
     """
+    insights = Insights()
+    host = kopf.operator(
+        registry=handlers,
+        settings=settings(),
+        standalone=True,
+        clusterwide=not scope.namespaces,
+        namespaces=scope.namespaces,
+        ready_flag=ready,
+        insights=insights,
+        # Peering is off; kopf would ask for the name of the user, and the pod's uid has none.
+        identity=names.FIELD_MANAGER,
+    )
     try:
-        await kopf.operator(
-            registry=handlers,
-            settings=settings(),
-            standalone=True,
-            clusterwide=not scope.namespaces,
-            namespaces=scope.namespaces,
-            ready_flag=ready,
-            # Peering is off; kopf would ask for the name of the user, and the pod's uid has none.
-            identity=names.FIELD_MANAGER,
-        )
+        await _complete(host, _undiscovered(insights, _kinds(scope)))
     except (aiohttp.ClientError, TimeoutError) as error:
         asyncio.get_running_loop().set_exception_handler(_log_aftermath)
         raise HostError(f"{type(error).__name__}: {error}") from error
+
+
+async def _complete(host: Coroutine[Any, Any, None], undiscovered: Coroutine[Any, Any, list[str]]) -> None:
+    """Run the host to its end, unless there is a kind that it does not see."""
+    # Side by side from the start: what begins later the host takes for its own.
+    watching, looking = asyncio.create_task(host, name="host"), asyncio.create_task(undiscovered, name="discovery")
+    try:
+        await asyncio.wait([watching, looking], return_when=asyncio.FIRST_COMPLETED)
+        if looking.done() and (missing := looking.result()):
+            # kopf would not look again. An API server that has just started does not name all groups yet.
+            raise HostError(f"the discovery of the API server did not name {', '.join(missing)}")
+        await watching
+    finally:
+        watching.cancel()
+        looking.cancel()
+        await asyncio.gather(watching, looking, return_exceptions=True)
+
+
+async def _undiscovered(insights: Insights, kinds: list[Resource]) -> list[str]:
+    await insights.ready_resources.wait()
+    found = {(resource.group, resource.version, resource.plural) for resource in insights.watched_resources}
+    return [kind.plural for kind in kinds if (kind.group, kind.version, kind.plural) not in found]
 
 
 def _log_aftermath(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
