@@ -42,6 +42,7 @@ class Process:
         self._controller: Controller | None = None
         self._watching = asyncio.Event()
         self._servers = AsyncExitStack()
+        self._leading = False
         self._stopping = False
 
     async def run(self) -> int:
@@ -83,7 +84,7 @@ class Process:
             return "stopping"
         if self._watching.is_set():
             return None
-        if self._lease is not None and self._lease.readable and self._controller is None:
+        if self._lease is not None and self._lease.readable and not self._leading:
             return None  # a standby that could take over
         return "starting"
 
@@ -105,6 +106,7 @@ class Process:
 
     async def _work(self, kube: Kube, settings: Any, transitions: int) -> None:
         options = self._options
+        self._leading = True
         self._metrics.leader.set(1)
         key = await _key(kube, options)
         chosen = Settings(
