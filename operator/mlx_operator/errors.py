@@ -15,7 +15,7 @@ class HostError(Exception):
 
 
 class Refusals:
-    """Refusals at the start, one after the other."""
+    """Refusals of one thing, one after the other."""
 
     def __init__(self) -> None:
         self._since: float | None = None

@@ -11,6 +11,7 @@ from mlx_operator.act.kube import KubeError
 from mlx_operator.act.recorder import MAX_NOTE_BYTES, Recorder, cut, event
 from mlx_operator.act.resources import EVENTS, Resource
 from mlx_operator.decide.actions import Notice, Step
+from mlx_operator.errors import REFUSAL_SECONDS
 from mlx_operator.metrics import Metrics
 from mlx_operator_api.conditions import Reason
 from tests.unit.fakekube import FakeKube
@@ -108,6 +109,45 @@ async def test_an_api_server_that_is_away_for_half_a_minute_costs_no_event() -> 
     kube.before = fail
     await _posted(kube, 0)
     assert _only(kube)["note"] == FAILED.note
+
+
+async def test_an_api_server_that_has_just_started_and_has_not_read_its_roles_costs_no_event() -> None:
+    kube, loop = FakeKube(), asyncio.get_running_loop()
+    began = loop.time()
+
+    def fail(verb: str, plural: str, name: str) -> None:
+        if loop.time() - began < REFUSAL_SECONDS / 2:
+            raise KubeError(403, "Forbidden", 'cannot create resource "events"')
+
+    kube.before = fail
+    await _posted(kube, 0)
+    assert _only(kube)["note"] == FAILED.note
+
+
+async def test_a_permission_that_is_missing_for_good_is_doubted_once() -> None:
+    kube = FakeKube()
+
+    def fail(verb: str, plural: str, name: str) -> None:
+        raise KubeError(403, "Forbidden", 'cannot create resource "events"')
+
+    kube.before = fail
+    await _posted(kube, 0)
+    doubted = kube.count("create", "events")
+    assert doubted > 1
+    await _posted(kube, 0, 5, 9)
+    assert kube.count("create", "events") == 2 * doubted + 2
+
+
+async def test_a_namespace_that_is_being_terminated_is_not_asked_again() -> None:
+    kube = FakeKube()
+    words = 'events "x" is forbidden: unable to create new content in namespace team because it is being terminated'
+
+    def fail(verb: str, plural: str, name: str) -> None:
+        raise KubeError(403, "Forbidden", words)
+
+    kube.before = fail
+    await _posted(kube, 0)
+    assert kube.count("create", "events") == 1
 
 
 async def test_an_event_whose_former_one_goes_while_it_is_counted_is_recorded_anew() -> None:

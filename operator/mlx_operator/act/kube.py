@@ -28,6 +28,7 @@ MAX_MESSAGE = 600
 _HEAD = 400
 _MERGE_PATCH = "application/merge-patch+json"
 _APPLY_PATCH = "application/apply-patch+yaml"
+_TERMINATING = "because it is being terminated"
 _WEBHOOK = "failed calling webhook"
 _LATE = re.compile(r"deadline exceeded|Client\.Timeout|(handshake|i/o) timeout")
 # An apply of a malformed object is answered 500, not 422: a repetition cannot help.
@@ -61,6 +62,11 @@ class KubeError(Exception):
     def contended(self) -> bool:
         """Somebody else wrote at the same moment: the object, or a quota that counts it."""
         return self.status == 409 and self.reason == "Conflict"
+
+    @property
+    def terminating(self) -> bool:
+        """The namespace is on its way out and takes nothing new."""
+        return self.status == 403 and _TERMINATING in self.message
 
     @property
     def transient(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from mlx_operator.act.kube import Kube, KubeError, Manifest
 from mlx_operator.act.resources import EVENTS, INSTANCES, PODS
 from mlx_operator.decide.actions import Notice
+from mlx_operator.errors import Refusals
 from mlx_operator.logs import decision
 from mlx_operator.metrics import Metrics
 from mlx_operator_api import names
@@ -44,6 +45,7 @@ class Recorder:
         self._kube = kube
         self._reporter = reporter[:_MAX_INSTANCE]
         self._metrics = metrics
+        self._refusals = Refusals()
         self._lanes: tuple[asyncio.Queue[_Pending], ...] = tuple(asyncio.Queue(_WAITING) for _ in range(_LANES))
 
     def emit(self, instance: Mapping[str, Any], notice: Notice, now: datetime) -> None:
@@ -94,14 +96,20 @@ class Recorder:
             try:
                 await self._record(pending)
             except KubeError as error:
-                if attempt == _ATTEMPTS or not (error.transient or error.contended):
+                if attempt == _ATTEMPTS or not self._passes(error):
                     self._metrics.events_dropped.inc()
                     decision("event not recorded", level=logging.WARNING, error=error, **pending.about)
                     return
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, _LONGEST_RETRY_SECONDS)
             else:
+                self._refusals.clear()
                 return
+
+    def _passes(self, error: KubeError) -> bool:
+        """Whether a repetition may help."""
+        doubtful = error.status == 403 and not error.terminating and not self._refusals.final()
+        return doubtful or error.transient or error.contended
 
     async def _record(self, pending: _Pending) -> None:
         try:
