@@ -1,6 +1,6 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both set up what they need and can be run again and again.
 #
-# What each target of `make test` takes on a machine with 2 cores, warm, beside one other (it prints its own table; 36 minutes together):
+# What each target of `make test` takes on a machine with 2 cores, warm, beside one other (it prints its own table; 38 minutes together):
 #   lint 0:15   test-unit 1:25   test-model 4:20   test-runner 19:05   test-apiserver 19:00   test-mutation 3:05
 #   test-chaos 3:50   test-scale 1:00   test-node 19:15     (cold: + 15 min of Go builds, 3 min of images, beside the others)
 
