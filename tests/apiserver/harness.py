@@ -1,13 +1,10 @@
 """A real API server with the CRD and the chart's RBAC, operators as processes, and a fake kubelet."""
 
 import asyncio
-import errno
 import json
 import os
-import random
 import re
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -25,6 +22,7 @@ from mlx_operator.act.kube import Kube, KubeError, configuration
 from mlx_operator.act.resources import EVENTS, INSTANCES, LEASES, PODS, SECRETS, SERVICES, Resource
 from mlx_operator_api.conditions import ConditionType
 from tests.apiserver.kubelet import Kubelet, python_path
+from tests.apiserver.ports import free_port
 from tests.cluster import binaries
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.audit import AuditLog, Request
@@ -36,8 +34,6 @@ CONFINED_RELEASE = "confined"
 CRDS = Resource("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", namespaced=False)
 NAMESPACES = Resource("", "v1", "namespaces", "Namespace", namespaced=False)
 SERVICE_ACCOUNTS = Resource("", "v1", "serviceaccounts", "ServiceAccount")
-PORTS = range(10000, 20000)
-"""Of operators: below the kernel's range for outgoing connections, and beside those of the API servers."""
 Manifest = dict[str, Any]
 
 
@@ -315,37 +311,6 @@ async def forget_leader(kube: Kube) -> None:
     except KubeError as error:
         if error.status != 404:
             raise
-
-
-def free_port() -> int:
-    """A port that is free now, and that nobody else is given before somebody listens on it.
-
-    No outgoing connection, and no other caller of this, in whatever process, while this process lives.
-    """
-    for port in random.sample(PORTS, len(PORTS)):
-        with socket.socket() as probe:
-            if _bound(probe, ("127.0.0.1", port)) and _claimed(port):
-                return port
-    raise AssertionError(f"no free port of 127.0.0.1 in {PORTS}")
-
-
-def _claimed(port: int) -> bool:
-    """Take a name that the kernel gives to one process at a time, and takes back when that ends."""
-    with socket.socket(socket.AF_UNIX) as claim:
-        if not _bound(claim, f"\0mlx-operator-tests-port-{port}"):
-            return False
-        claim.detach()  # kept open
-        return True
-
-
-def _bound(to: socket.socket, address: Any) -> bool:
-    try:
-        to.bind(address)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        return False
-    return True
 
 
 def groups_of(user: str) -> list[str]:

@@ -6,7 +6,8 @@ import json
 import aiohttp
 
 from mlx_operator.act.resources import INSTANCES, Resource
-from tests.apiserver.harness import CRDS, World, eventually, free_port
+from tests.apiserver.harness import CRDS, World, eventually
+from tests.apiserver.ports import free_port
 from tests.cluster.deploy import NAMESPACE
 
 ROLES = Resource("rbac.authorization.k8s.io", "v1", "roles", "Role")

@@ -18,9 +18,9 @@ from tests.apiserver.harness import (
     OperatorProcess,
     World,
     eventually,
-    free_port,
     install,
 )
+from tests.apiserver.ports import free_port
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.waiting import Progress
 from tests.scale.kubelet import InstantKubelet

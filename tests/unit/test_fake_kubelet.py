@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from mlx_operator.act.resources import PODS
-from tests.apiserver import harness
+from tests.apiserver import harness, ports
 from tests.apiserver.kubelet import Kubelet
 from tests.apiserver.pod_process import Container, children_of
 from tests.unit.fakekube import FakeKube
@@ -106,15 +106,15 @@ async def test_the_kubelet_ends_with_no_pod_half_ended(kubelet: Kubelet) -> None
 
 
 def test_no_port_is_given_twice_also_by_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = harness.free_port()
-    ports = range(first, first + 8)
-    script = f"from tests.apiserver import harness; harness.PORTS = range({ports.start}, {ports.stop}); "
-    script += "print(harness.free_port(), flush=True); input()"
+    first = ports.free_port()
+    few = range(first, first + 8)
+    script = f"from tests.apiserver import ports; ports.PORTS = range({few.start}, {few.stop}); "
+    script += "print(ports.free_port(), flush=True); input()"
     argv = [sys.executable, "-c", script]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         theirs = int(other.stdout.readline())
-        monkeypatch.setattr(harness, "PORTS", ports)
-        ours = [harness.free_port() for _ in range(4)]
+        monkeypatch.setattr(ports, "PORTS", few)
+        ours = [ports.free_port() for _ in range(4)]
         other.communicate("\n")
     assert len({first, theirs, *ours}) == 6
